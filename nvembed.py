@@ -1,0 +1,623 @@
+"""NV-Embed (Lee et al., arXiv 2405.17428): a decoder-only LLM turned into a text embedder, in plain PyTorch.
+
+text -> tokens, pool mask -> packed batch -> decoder without causal mask -> latent attention -> mean -> unit vector.
+Dimensions: B texts, S tokens of a packed batch, T tokens of one text, D model width, H query heads, G key-value
+heads, K head width, F MLP width, R latents, C cross-attention heads. Masks are bool, True = use.
+
+    python nvembed.py nvidia/NV-Embed-v2        embeds the model card's example and prints its 2 x 2 scores
+"""
+
+import bisect
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import re
+import sys
+from collections import namedtuple
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from huggingface_hub import save_torch_state_dict, snapshot_download
+from tokenizers import Tokenizer
+from torch import nn
+from torch.nn.attention.varlen import varlen_attn
+from tqdm import tqdm
+
+POOLINGS = ("latent", "mean", "eos", "self")
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+FAMILIES = ("mistral", "llama", "qwen2", "bidir_mistral")
+LATENT = ("num_latents_value", "num_cross_heads", "cross_dim_head")
+DROPPED = re.compile(r"lm_head\.weight$|rotary_emb\.inv_freq$|^latent_attention_model\.")
+
+
+class InputError(ValueError):
+    """Bad input, told in one line: which file or argument, which field, what was expected."""
+
+
+def expect(ok, message):
+    if not ok:
+        raise InputError(message)
+
+
+def run(main):
+    """Runs a command's main(); an InputError becomes one line on stderr and exit status 2."""
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def attempt(what, function, *args, **kwargs):
+    """function(*args, **kwargs), its failure told as an InputError that begins with `what`."""
+    try:
+        return function(*args, **kwargs)
+    except Exception as error:  # libraries raise many classes here, the bare Exception among them
+        raise InputError(f"{what}: {str(error).strip().splitlines()[-1].strip()}") from None
+
+
+def read_json(path):
+    """A JSON object from a file -> dict."""
+    found = attempt(f"{path}: expected a JSON file", lambda: json.loads(Path(path).read_text("utf-8")))
+    expect(isinstance(found, dict), f"{path}: expected a JSON object, got {type(found).__name__}")
+    return found
+
+
+@dataclass
+class Config:
+    """Decoder shape and how it embeds; fields are named as in Hugging Face's config.json where it has them."""
+
+    vocab_size: int
+    hidden_size: int  # D
+    intermediate_size: int  # F
+    num_hidden_layers: int
+    num_attention_heads: int  # H
+    num_key_value_heads: int  # G
+    eos_token_id: int
+    bos_token_id: int | None = None  # None: the tokenizer has none (Qwen2)
+    head_dim: int | None = None  # K, default D / H
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # Llama-3's
+    sliding_window: int | None = None  # causal attention only: a bidirectional mask never has a window
+    max_position_embeddings: int = 32768
+    qkv_bias: bool = False  # Qwen2
+    causal: bool = False  # the paper removes the causal mask (section 3.1)
+    pooling: str = "latent"
+    mask_instruction: bool = True  # instruction tokens are attended to but not pooled (section 4)
+    keep_eos: bool | None = None  # truncation keeps the eos; default: where the eos is what is pooled
+    num_latents: int = 512  # R
+    num_cross_heads: int = 8  # C
+    cross_dim_head: int | None = None  # K of a cross-attention head, default D
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            ok = isinstance(value, field.type) or (field.type is float and isinstance(value, int))
+            expect(ok, f"field '{field.name}': expected {field.type}, got {value!r}")
+        expect(self.pooling in POOLINGS, f"field 'pooling': expected one of {POOLINGS}, got {self.pooling!r}")
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        self.cross_dim_head = self.cross_dim_head or self.hidden_size
+        self.keep_eos = self.pooling == "eos" if self.keep_eos is None else self.keep_eos
+
+
+def read_config(folder, **settings):
+    """config.json of a Mistral / Llama / Qwen2 base, of NV-Embed-v1 / v2 or of a model saved here -> Config."""
+    path, pooling = Path(folder, "config.json"), Path(folder, "1_Pooling", "config.json")
+    raw = read_json(path)
+    text, latent = raw.get("text_config", raw), raw.get("latent_attention_config", {})
+    expect(isinstance(text, dict) and isinstance(latent, dict), f"{path}: field '*_config': expected objects")
+    qwen, act = text.get("model_type") == "qwen2", text.get("hidden_act", "silu")
+    family, biased = text.get("model_type"), text.get("attention_bias") or text.get("mlp_bias")
+    expect(family in FAMILIES, f"{path}: field 'model_type': expected one of {FAMILIES}, got {family!r}")
+    expect(act == "silu", f"{path}: field 'hidden_act': expected silu, got {act!r}")
+    expect(qwen or not biased, f"{path}: field 'attention_bias': expected false, got {biased!r}")
+    names = {field.name for field in dataclasses.fields(Config)}
+    found = {"qkv_bias": qwen} | {k: v for k, v in text.items() if k in names and v is not None}
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}  # transformers 5 / before
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    expect(kind in ("default", "llama3"), f"{path}: field 'rope_scaling': expected llama3, got {kind!r}")
+    found["rope_scaling"] = rope if kind == "llama3" else None
+    if "rope_theta" in rope:
+        found["rope_theta"] = rope["rope_theta"]
+    if qwen and not text.get("use_sliding_window"):
+        found["sliding_window"] = None
+    if isinstance(found.get("eos_token_id"), list):  # Llama-3 lists several, the document's end first
+        found["eos_token_id"] = found["eos_token_id"][0]
+    found |= {"num_latents" if k == "num_latents_value" else k: latent[k] for k in LATENT if k in latent}
+    if "text_config" in raw:
+        found["mask_instruction"] = raw.get("is_mask_instruction", True)
+    elif pooling.exists():  # e5-mistral-7b-instruct and its like say here how a causal decoder is pooled
+        last = read_json(pooling).get("pooling_mode_lasttoken", False)
+        found |= {"causal": True, "pooling": "eos" if last else "mean", "mask_instruction": False}
+    return attempt(path, Config, **(found | settings))  # names a missing field or an unknown setting
+
+
+class Linear(nn.Linear):
+    """Computes in the input's dtype, whatever the weights are stored in: trained weights stay fp32."""
+
+    def forward(self, x, dropped=None):
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class LoRALinear(Linear):
+    """W x + (alpha / rank) B A dropped: W frozen, A (rank, in) and B (out, rank) trained (Hu et al. 2021). `dropped`
+    is x after dropout, drawn once for the projections that read the same x."""
+
+    def __init__(self, linear, rank, alpha):
+        nn.Module.__init__(self)
+        self.weight, self.bias, self.scale = linear.weight, linear.bias, alpha / rank
+        self.out_features, self.in_features = linear.weight.shape
+        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, device=linear.weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=linear.weight.device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.train(linear.training)
+
+    def forward(self, x, dropped):
+        low = F.linear(dropped, (self.scale * self.lora_A).to(x.dtype))
+        return super().forward(x) + F.linear(low, self.lora_B.to(x.dtype))
+
+    def merged(self):
+        return self.weight.float() + self.scale * (self.lora_B @ self.lora_A)
+
+
+def dropout(x, p):
+    """F.dropout to 16 random bits an element, 5 times as fast on CPUs, where draws would outweigh the layers."""
+    bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64, device=x.device).random_(-(2**63), None)
+    draws, cut = bits.view(torch.int16)[: x.numel()].view(x.shape), round(p * 2**16)
+    return x * torch.ge(draws, cut - 2**15, out=torch.empty_like(x)).mul_(2**16 / (2**16 - cut))
+
+
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x):
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        return x * (norm * norm / x.shape[-1] + self.eps).rsqrt().to(x.dtype) * self.weight.to(x.dtype)
+
+
+class LayerNorm(nn.LayerNorm):
+    def forward(self, x):
+        return F.layer_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+@functools.lru_cache(maxsize=16)  # not anew, with a copy to the GPU, in each layer
+def cu_seqlens(lengths, device):
+    return torch.tensor((0, *itertools.accumulate(lengths)), dtype=torch.int32, device=device)
+
+
+def attend(q, k, v, lengths, causal, window=None):
+    """Attention inside each text of a packed batch, and the only place that chooses a kernel.
+
+    q (S, H, K), k and v (S, G, K), lengths a tuple of ints with sum S -> (S, H, K). `causal` is always said; a
+    window (Mistral's, in tokens) holds for causal attention only.
+    """
+    longest = max(lengths)
+    window = window if causal and window and window < longest else None
+    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= 256:
+        cu, reach = cu_seqlens(lengths, q.device), (window - 1 if window else -1, 0 if causal else -1)
+        return varlen_attn(q, k, v, cu, cu, longest, longest, window_size=reach, enable_gqa=True)
+    explicit = q.dtype == torch.bfloat16 and q.device.type == "cpu" and torch.is_grad_enabled()
+    runs = [(length, length * len(list(texts))) for length, texts in itertools.groupby(lengths)]
+    out, sizes = [], [size for _, size in runs]  # sorted batches make runs of equal length long
+    for (length, _), *qkv in zip(runs, q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
+        q_, k_, v_ = (t.unflatten(0, (-1, length)).transpose(1, 2) for t in qkv)  # (n, H or G, T, K)
+        mask = None
+        if causal:
+            mask = torch.ones(length, length, dtype=torch.bool, device=q.device)
+            mask = mask.tril().triu(1 - (window or length))
+        if explicit and length <= 1024:  # SDPA's bf16 backward is 5 times as slow on CPUs as these products
+            k_, v_ = k_[:, :, None], v_[:, :, None]
+            scores = q_.unflatten(1, (k_.shape[1], -1)) @ k_.mT * q_.shape[-1] ** -0.5  # (n, G, H / G, T, T)
+            scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+            one = (scores.softmax(dim=-1) @ v_).flatten(1, 2)
+        else:
+            one = F.scaled_dot_product_attention(q_, k_, v_, mask, enable_gqa=True)
+        out.append(one.transpose(1, 2).flatten(0, 1))
+    return torch.cat(out)
+
+
+def rope(c, lengths, device, dtype):
+    """cos and sin of rotary position embedding for packed texts, each (S, 1, K), with Llama-3's scaling."""
+    freq = c.rope_theta ** -(torch.arange(0, c.head_dim, 2, device=device, dtype=torch.float32) / c.head_dim)
+    if s := c.rope_scaling:  # short wavelengths stay, long ones are stretched by `factor`, smoothly between
+        turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)
+        keep = ((turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
+        freq = freq * (keep + (1 - keep) / s["factor"])
+    positions = torch.from_numpy(np.concatenate([np.arange(n, dtype=np.float32) for n in lengths])).to(device)
+    angles = torch.outer(positions, freq)[:, None]
+    sin = torch.cat((-angles.sin(), angles.sin()), dim=-1)
+    return angles.cos().repeat(1, 1, 2).to(dtype), sin.to(dtype)
+
+
+def rotate(x, cos, sin):
+    """Rotate-half RoPE, the layout of the Hugging Face weights. x (S, H, K); the first half of sin is negated."""
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
+
+
+class Block(nn.Module):
+    """One transformer block: x (S, D) -> (S, D)."""
+
+    def __init__(self, c):
+        super().__init__()
+        d, q, kv = c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        self.c, self.lora_dropout, widths = c, 0.0, {"q_proj": q, "k_proj": kv, "v_proj": kv}
+        self.input_layernorm = RMSNorm(d, c.rms_norm_eps)
+        self.self_attn = nn.ModuleDict({name: Linear(d, width, c.qkv_bias) for name, width in widths.items()})
+        self.self_attn["o_proj"] = Linear(q, d, bias=False)
+        self.post_attention_layernorm = RMSNorm(d, c.rms_norm_eps)
+        self.mlp = nn.ModuleDict({n: Linear(d, c.intermediate_size, False) for n in ("gate_proj", "up_proj")})
+        self.mlp["down_proj"] = Linear(c.intermediate_size, d, bias=False)
+
+    def forward(self, x, cos, sin, lengths):
+        attention, mlp, h = self.self_attn, self.mlp, self.input_layernorm(x)
+        dropped = self.drop(h)
+        q, k, v = (
+            attention[name](h, dropped).unflatten(-1, (-1, self.c.head_dim)) for name in PROJECTIONS[:3]
+        )
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        out = attend(q, k, v, lengths, self.c.causal, self.c.sliding_window).flatten(1)
+        x = x + attention.o_proj(out, self.drop(out))
+        h = self.post_attention_layernorm(x)
+        dropped = self.drop(h)
+        h = F.silu(mlp.gate_proj(h, dropped)) * mlp.up_proj(h, dropped)
+        return x + mlp.down_proj(h, self.drop(h))
+
+    def drop(self, x):
+        return dropout(x, self.lora_dropout) if self.training and self.lora_dropout else x
+
+
+class Decoder(nn.Module):
+    """Mistral / Llama / Qwen2 without LM head: ids (S,) of packed texts -> normed states (S, D) in `dtype`."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.c = c
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+    def forward(self, ids, lengths, dtype):
+        x = self.embed_tokens(ids).to(dtype)
+        cos, sin = rope(self.c, lengths, ids.device, dtype)
+        for layer in self.layers:
+            x = layer(x, cos, sin, lengths)
+        return self.norm(x)
+
+
+class LatentAttention(nn.Module):
+    """Latent attention layer (section 3.2; arithmetic and names as released): states (S, D) -> (S, D).
+
+    h = h + to_out(attention(to_q(LN(h)), to_kv(LN(latents)))); h = h + FF(LN(h)), FF a GEGLU. With pooling "self"
+    keys and values come from the text itself and there are no latents. The mean over tokens is the caller's.
+    """
+
+    def __init__(self, c):
+        super().__init__()
+        d, width = c.hidden_size, c.num_cross_heads * c.cross_dim_head
+        self.heads, self.scale, self.cached = c.num_cross_heads, c.cross_dim_head**-0.5, (None, None)
+        self.latents = nn.Parameter(torch.empty(c.num_latents, d)) if c.pooling == "latent" else None
+        cross = {"to_q": Linear(d, width, bias=False), "to_kv": Linear(d, 2 * width, bias=False)}
+        cross = nn.ModuleDict(cross | {"to_out": Linear(width, d, bias=False)})
+        net = nn.ModuleDict({"0": Linear(d, 8 * d), "2": Linear(4 * d, d)})
+        block = nn.ModuleDict({"norm": LayerNorm(d), "norm_context": LayerNorm(d), "fn": cross})
+        ff = nn.ModuleDict({"norm": LayerNorm(d), "fn": nn.ModuleDict({"net": net})})
+        self.cross_attend_blocks = nn.ModuleList([block, ff])
+
+    def train(self, mode=True):
+        self.cached = (None, None)  # fused optimizers do not count up _version
+        return super().train(mode)
+
+    def reset_parameters(self):
+        for module in self.modules():
+            if isinstance(module, (Linear, LayerNorm)):
+                module.reset_parameters()
+        if self.latents is not None:
+            nn.init.normal_(self.latents)
+
+    def keys_values(self, context):
+        """context (R, D) -> k and v, each (R, C, K); the released to_kv holds all keys, then all values."""
+        block = self.cross_attend_blocks[0]
+        return block.fn.to_kv(block.norm_context(context)).unflatten(-1, (2, self.heads, -1)).unbind(1)
+
+    def fold(self, dtype):
+        """Constant keys and values folded into the projections around them: A (D, C R) and B (C R, D) such that, a
+        head at a time, softmax(scale x W_q k^T) v W_o = softmax(x A) B. Exact, and D / R + 1 times cheaper."""
+        fn, (k, v) = self.cross_attend_blocks[0].fn, self.keys_values(self.latents.to(dtype))
+        w_q = fn.to_q.weight.to(dtype).unflatten(0, (self.heads, -1))  # (C, K, D)
+        w_o = fn.to_out.weight.to(dtype).unflatten(1, (self.heads, -1))  # (D, C, K)
+        a = self.scale * torch.einsum("ckd,rck->dcr", w_q, k)
+        return a.flatten(1), torch.einsum("rck,dck->crd", v, w_o).flatten(0, 1)
+
+    def folded(self, dtype):
+        """In training anew, with gradient; else made once in fp32 and kept until a weight changes."""
+        if self.training:
+            return self.fold(dtype)
+        weights = (self.latents, *self.cross_attend_blocks[0].parameters())
+        state = (dtype, *((w.data_ptr(), w._version) for w in weights))
+        if self.cached[0] != state:
+            with torch.no_grad():
+                self.cached = (state, [t.to(dtype) for t in self.fold(torch.float32)])
+        return self.cached[1]
+
+    def forward(self, h, lengths):
+        block, ff = self.cross_attend_blocks
+        x = block.norm(h)
+        if self.latents is not None:
+            a, b = self.folded(h.dtype)
+            h = (
+                h + (x @ a).unflatten(-1, (self.heads, -1)).softmax(dim=-1).flatten(1) @ b
+            )  # softmax of (S, C, R)
+        else:
+            q = block.fn.to_q(x).unflatten(-1, (self.heads, -1))
+            h = h + block.fn.to_out(attend(q, *self.keys_values(h), lengths, causal=False).flatten(1))
+        x, gate = ff.fn.net["0"](ff.norm(h)).chunk(2, dim=-1)
+        return h + ff.fn.net["2"](x * F.gelu(gate))  # exact erf GELU
+
+
+Tokens = namedtuple("Tokens", "ids masked")  # a text's ids, and how many of the first ones are not pooled
+
+
+def pack(tokens, batch_tokens):
+    """Splits texts, longest first, into batches of at most batch_tokens tokens: lists of indices into `tokens`."""
+    lengths, batches, room = [len(t.ids) for t in tokens], [], 0
+    longest = max(lengths, default=0)
+    expect(longest <= batch_tokens, f"batch_tokens: expected at least a text's {longest}, got {batch_tokens}")
+    for i in sorted(range(len(tokens)), key=lambda i: -lengths[i]):
+        if lengths[i] > room:
+            batches.append([])
+            room = batch_tokens
+        batches[-1].append(i)
+        room -= lengths[i]
+    return batches
+
+
+class NVEmbed(nn.Module):
+    """Decoder, pooling, tokenizer. `forward` maps B Tokens, as one packed batch, to unit vectors (B, D) in fp32."""
+
+    def __init__(self, config, tokenizer, dtype=torch.float32):
+        super().__init__()
+        self.config, self.tokenizer, self.dtype = config, tokenizer, dtype  # dtype: what is computed in
+        self.embedding_model = Decoder(config)
+        if config.pooling in ("latent", "self"):
+            self.latent_attention_model = LatentAttention(config)
+        tokenizer.encode_special_tokens = True  # a literal "</s>" in a text is text, never an end token
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+
+    @property
+    def device(self):
+        return self.embedding_model.embed_tokens.weight.device
+
+    def forward(self, tokens):
+        lengths = tuple(len(t.ids) for t in tokens)
+        ids = torch.from_numpy(np.concatenate([t.ids for t in tokens])).to(self.device)
+        h = self.embedding_model(ids, lengths, self.dtype)  # (S, D)
+        if self.config.pooling in ("latent", "self"):
+            h = self.latent_attention_model(h, lengths)
+        first = [
+            n - 1 if self.config.pooling == "eos" else t.masked for t, n in zip(tokens, lengths, strict=True)
+        ]
+        pooled = [text[i:].float().mean(dim=0) for i, text in zip(first, h.split(lengths), strict=True)]
+        return F.normalize(torch.stack(pooled), dim=-1)
+
+    def tokenize(self, texts, instruction="", max_length=512):
+        """list of str -> list of Tokens of at most max_length ids; bos and eos are placed here, by the config.
+
+        Not pooled are bos and every token that starts before the end of the instruction prefix without its trailing
+        space. That is the released rule (the prefix's own token count, from position 0) wherever the space merges
+        with what follows. A text longer than max_length loses its eos, as released, unless the config keeps it.
+        """
+        c, out = self.config, []
+        bare = not instruction.startswith("Instruct:")
+        expect(
+            bare, "instruction: expected the bare task: 'Instruct: ' and 'Query: ' are added by the template"
+        )
+        prefix = f"Instruct: {instruction}\nQuery: " if instruction else ""  # the one template (section 4)
+        bos = [] if c.bos_token_id is None else [c.bos_token_id]
+        room = max_length - 1 if c.keep_eos else max_length
+        encode = (
+            self.tokenizer.encode_batch if prefix else self.tokenizer.encode_batch_fast
+        )  # without offsets
+        for encoding in encode([prefix + text for text in texts], add_special_tokens=False):
+            ids, masked = ((bos + encoding.ids)[:room] + [c.eos_token_id])[:max_length], 0
+            if prefix and c.mask_instruction:
+                masked = len(bos) + bisect.bisect_left(encoding.offsets, (len(prefix) - 1,))
+            expect(masked < len(ids), f"max_length: expected over {masked} (instruction), got {max_length}")
+            out.append(Tokens(ids, masked))
+        return out
+
+    @torch.no_grad()
+    def encode(self, texts, instruction="", max_length=512, batch_tokens=16384, progress=False):
+        """Embeds B texts, batch_tokens tokens at a time -> np.ndarray (B, D), fp32, unit rows, in order."""
+        expect(not isinstance(texts, str), "texts: expected a list of str, got a str")
+        tokens = self.tokenize(texts, instruction, max_length)
+        out = np.empty((len(tokens), self.config.hidden_size), dtype=np.float32)
+        training = self.training
+        self.eval()
+        with tqdm(total=len(tokens), disable=not progress, unit="text", desc="encode") as bar:
+            for batch in pack(tokens, batch_tokens):
+                out[batch] = self([tokens[i] for i in batch]).cpu()
+                bar.update(len(batch))
+        self.train(training)
+        return out
+
+    @classmethod
+    def from_pretrained(cls, path, device="cpu", dtype=torch.float32, **settings):
+        """Loads a folder or hub id: a Mistral / Llama / Qwen2 base, NV-Embed-v1 / v2, a model saved here, or a PEFT
+        adapter with its base. `settings` override the stored Config. Strict: a tensor that is missing, left over or
+        of another shape is an InputError; what is fresh or dropped by rule is printed."""
+        folder = local_folder(path)
+        if Path(folder, "adapter_config.json").exists() and not Path(folder, "config.json").exists():
+            base = read_json(Path(folder, "adapter_config.json")).get("base_model_name_or_path")
+            return load_adapter(cls.from_pretrained(base, device, dtype, **settings), folder)
+        config = read_config(folder, **settings)
+        with torch.device("meta"):
+            model = cls(config, read_tokenizer(folder, config), dtype)
+        state = read_weights(folder, device, dtype)
+        missing, left = attempt(folder, model.load_state_dict, state, strict=False, assign=True)
+        unknown = [name for name in left if not DROPPED.search(name)]
+        expect(not unknown, f"{folder}: tensor '{unknown and unknown[0]}': not part of this architecture")
+        pooling = [name for name in model.state_dict() if name.startswith("latent_attention_model.")]
+        expect(missing in ([], pooling), f"{folder}: tensor '{missing and missing[0]}': missing")
+        if missing:  # a base model has no pooling layer yet; an untrained one is the same at every load
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                model.latent_attention_model.to_empty(device=device).reset_parameters()
+            model.latent_attention_model.to(dtype)
+        if missing or left:
+            print(f"{folder}: fresh: {missing[:1] or 'none'}; dropped: {left[:1] or 'none'}", file=sys.stderr)
+        return model.eval()
+
+    def save_pretrained(self, path, dtype=torch.bfloat16):
+        """Writes a folder that `from_pretrained` loads, adapters merged in fp32: in the released layout where the
+        model fits it, else with model_type "nvembed-x" so that released code refuses it."""
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        state = {name: tensor for name, tensor in self.state_dict().items() if ".lora_" not in name}
+        state |= {f"{name}.weight": layer.merged() for name, layer in lora_layers(self).items()}
+        state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state.items()}
+        save_torch_state_dict(state, str(path), max_shard_size="5GB")
+        self.tokenizer.save(str(path / "tokenizer.json"))
+        for name, content in released_configs(self, path, dtype).items():
+            (path / name).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def local_folder(path):
+    """A folder as it is; else the folder of a hub model's safetensors and JSON files (never code)."""
+    if Path(path).is_dir():
+        return Path(path)
+    what = f"model '{path}': not a folder, and not to be had from the hub"
+    return Path(attempt(what, snapshot_download, str(path), allow_patterns=["*.safetensors", "*.json"]))
+
+
+def read_tokenizer(folder, c):
+    path = Path(folder, "tokenizer.json")
+    tokenizer = attempt(f"{path}: expected a tokenizer", Tokenizer.from_file, str(path))
+    size, wanted = tokenizer.get_vocab_size(), {c.bos_token_id, c.eos_token_id} - {None}
+    special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    fits = size <= c.vocab_size and wanted <= special
+    expect(
+        fits, f"{path}: expected <= {c.vocab_size} tokens, special {wanted}; got {size}, special {special}"
+    )
+    return tokenizer
+
+
+def read_tensors(path):
+    return attempt(f"{path}: expected whole safetensors", safetensors.torch.load_file, path)
+
+
+def read_weights(folder, device, dtype):
+    """All tensors of a folder by released name: a base's 'model.layers...' and 'layers...' get the prefix."""
+    index, files, state = Path(folder, "model.safetensors.index.json"), {"": "model.safetensors"}, {}
+    if index.exists():
+        files = read_json(index).get("weight_map")
+        expect(isinstance(files, dict), f"{index}: field 'weight_map': expected an object, got {files!r}")
+    for file in sorted(set(files.values())):
+        for name, tensor in read_tensors(Path(folder, file)).items():
+            if not name.startswith(("embedding_model.", "latent_attention_model.")):
+                name = "embedding_model." + name.removeprefix("model.")
+            state[name] = tensor.to(device, dtype)
+    return state
+
+
+def released_configs(model, path, dtype):
+    """The JSON files of the released layout: file name -> content."""
+    c, name = model.config, str(dtype).removeprefix("torch.")
+    text = {"model_type": "bidir_mistral", "architectures": ["MistralModel"], "_name_or_path": str(path)}
+    text |= {"hidden_act": "silu", "tie_word_embeddings": False, "torch_dtype": name} | dataclasses.asdict(c)
+    latent = {"model_type": "latent_attention", "hidden_dim": c.hidden_size, "latent_dim": c.hidden_size}
+    latent |= dict(zip(LATENT, (c.num_latents, c.num_cross_heads, c.cross_dim_head), strict=True))
+    plain = (c.pooling, c.mask_instruction) == ("latent", True)
+    plain = plain and not (c.causal or c.qkv_bias or c.rope_scaling or c.keep_eos)
+    config = {"model_type": "nvembed" if plain else "nvembed-x", "architectures": ["NVEmbedModel"]}
+    config |= {"hidden_size": c.hidden_size, "torch_dtype": name, "padding_side": "right", "mask_type": "b"}
+    config |= {"is_mask_instruction": c.mask_instruction, "add_eos": True, "add_pad_token": True}
+    config |= {"text_config": text, "latent_attention_config": latent | {"output_normalize": True}}
+    special = {"bos_token": c.bos_token_id, "eos_token": c.eos_token_id, "pad_token": c.eos_token_id}
+    special = {key: model.tokenizer.id_to_token(i) for key, i in special.items() if i is not None}
+    tokens = special | {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": "bos_token" in special}
+    return {"config.json": config, "tokenizer_config.json": tokens, "special_tokens_map.json": special}
+
+
+def lora_layers(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def add_lora(model, rank=16, alpha=32, dropout=0.1, targets=PROJECTIONS):
+    """Wraps the decoder's layers named in `targets` (rank, alpha: section 5.1; all seven targets: assumed)."""
+    expect(
+        not lora_layers(model),
+        "add_lora: the model has an adapter already: merge it by save_pretrained first",
+    )
+    for layer in model.embedding_model.layers:
+        layer.lora_dropout = dropout
+    for module in list(model.embedding_model.modules()):
+        for name, child in list(module.named_children()):
+            if name in targets:
+                setattr(module, name, LoRALinear(child, rank, alpha))
+
+
+def save_adapter(model, path, base):
+    """Writes the adapters in PEFT's format for AutoModel; pooling is not PEFT's and stays in our folder."""
+    path, layers = Path(path), lora_layers(model)
+    path.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items() if ".lora_" in name}
+    state = {f"base_model.model.{n.removeprefix('embedding_model.')}.weight": t for n, t in state.items()}
+    safetensors.torch.save_file(state, path / "adapter_model.safetensors", metadata={"format": "pt"})
+    layer = next(iter(layers.values()))
+    rank, targets = len(layer.lora_A), sorted({name.split(".")[-1] for name in layers})
+    config = {"peft_type": "LORA", "task_type": "FEATURE_EXTRACTION", "base_model_name_or_path": str(base)}
+    config |= {
+        "r": rank,
+        "lora_alpha": layer.scale * rank,
+        "lora_dropout": model.embedding_model.layers[0].lora_dropout,
+        "bias": "none",
+    }
+    config |= {"target_modules": targets, "inference_mode": True}
+    (path / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def load_adapter(model, folder):
+    """Adds the LoRA adapter of a PEFT folder to a model; strict by name and shape."""
+    source, path = Path(folder, "adapter_config.json"), Path(folder, "adapter_model.safetensors")
+    config = read_json(source)
+    settings = [config.get(name) for name in ("r", "lora_alpha", "lora_dropout", "target_modules")]
+    other = [name for name in config if config[name] and re.search("use_|_pattern|modules_to_save", name)]
+    plain = config.get("peft_type") == "LORA" and config.get("bias", "none") == "none" and not other
+    plain = plain and None not in settings
+    expect(
+        plain,
+        f"{source}: expected LoRA with r, lora_alpha, lora_dropout, target_modules; got {other or config}",
+    )
+    add_lora(model, *settings)
+    state = read_tensors(path).items()
+    state = {re.sub(r"^.*?(layers\..*)\.weight$", r"embedding_model.\1", name): t for name, t in state}
+    missing, left = attempt(path, model.load_state_dict, state, strict=False)
+    wrong = left + [name for name in missing if ".lora_" in name]
+    expect(not wrong, f"{path}: tensor '{wrong and wrong[0]}': missing or unknown")
+    return model
+
+
+def fast_dtype(device="cpu"):
+    """bf16 on GPUs and on CPUs with AMX, where its matrix products are 6-8 times as fast; else fp32."""
+    cpu_bf16 = torch.cpu.get_capabilities().get("amx_bf16", False)
+    return torch.bfloat16 if torch.device(device).type != "cpu" or cpu_bf16 else torch.float32
+
+
+def main():
+    expect(len(sys.argv) == 2, "usage: python nvembed.py FOLDER_OR_HUB_ID")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = NVEmbed.from_pretrained(sys.argv[1], device, fast_dtype(device))
+    example = read_json(Path(__file__).parent / "data" / "model_card.json")
+    queries = model.encode(example["queries"], example["instruction"])
+    for row in 100 * queries @ model.encode(example["documents"]).T:
+        print(" ".join(f"{score:9.4f}" for score in row))
+
+
+if __name__ == "__main__":
+    run(main)
