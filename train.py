@@ -94,12 +94,16 @@ def read_datasets(entries, stage, s, mined=None):
         rows = read_rows(path)
         for line, row in enumerate(rows, 1):
             few = s.short == "fail" and len(row["neg"]) < s.negatives
-            expect(not few, f"{path}:{line}: field 'neg': expected {s.negatives} texts, got {len(row['neg'])}")
+            expect(
+                not few, f"{path}:{line}: field 'neg': expected {s.negatives} texts, got {len(row['neg'])}"
+            )
         order = np.random.default_rng(s.seed).permutation(len(rows))
         cut = min(s.held_out, len(rows) // 10)
         held_out, kept = order[:cut], order[cut:][: entry.get("samples")]
         kept, held_out = [rows[i] for i in kept], [rows[i] for i in held_out]
-        datasets.append(Dataset(entry["name"], entry["instruction"], entry.get("symmetric", False), kept, held_out))
+        datasets.append(
+            Dataset(entry["name"], entry["instruction"], entry.get("symmetric", False), kept, held_out)
+        )
         print(f"{entry['name']}: {len(kept)} rows of {path}, {cut} held out")
     expect(datasets, f"recipe: expected a data set of stage {stage}, got none")
     return datasets
@@ -303,15 +307,18 @@ def checkpoint(run):
     return Path(run, Path(run, "latest").read_text().strip())
 
 
+def last_good(run):
+    return checkpoint(run) if Path(run, "latest").exists() else "none"
+
+
 def load_tensors(tensors, path):
     """Copies a safetensors file into tensors of the same names and shapes; anything else is an InputError."""
-    try:
-        state = load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(f"{path}: expected whole safetensors: {error}") from None
+    state = nvembed.read_tensors(path)
     for name in tensors.keys() | state.keys():
         fits = name in state and name in tensors and state[name].shape == tensors[name].shape
-        expect(fits, f"{path}: tensor '{name}': missing, unknown or of another shape; were the settings changed?")
+        expect(
+            fits, f"{path}: tensor '{name}': missing, unknown or of another shape; were the settings changed?"
+        )
         tensors[name].data.copy_(state[name])
 
 
@@ -349,8 +356,7 @@ def save_checkpoint(run, step, model, optimizer, state):
         sync(run)
     except (OSError, safetensors.SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        last = checkpoint(run) if (run / "latest").exists() else "none"
-        raise InputError(f"{temporary}: could not be saved: {error}; last good checkpoint: {last}") from None
+        raise InputError(f"{temporary}: not saved: {error}; last good checkpoint: {last_good(run)}") from None
     for old in run.glob("step_*"):
         if old != folder:
             shutil.rmtree(old)
@@ -393,15 +399,23 @@ class Log:
 
     def write(self, record):
         self.file.write(json.dumps(record) + "\n")
+        print(line(record), flush=True)
 
 
 def describe(s, base, entries):
     """What a run is: versions, hardware, commit, settings, data."""
-    git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    git = subprocess.run(
+        ["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     hardware = {"device": device or platform.machine(), "threads": torch.get_num_threads()}
-    head = {"versions": versions, "hardware": hardware, "commit": git.stdout.strip() or "unknown", "base": base}
+    head = {
+        "versions": versions,
+        "hardware": hardware,
+        "commit": git.stdout.strip() or "unknown",
+        "base": base,
+    }
     return head | {"settings": dataclasses.asdict(s), "datasets": [entry["name"] for entry in entries]}
 
 
@@ -426,7 +440,9 @@ def peak_memory_gib():
 @torch.no_grad()
 def held_out(model, datasets, s, positives):
     """Loss and accuracy on the held-out rows of all sets, in batches of the training size, dropout off."""
-    rows = [(d, row, np.random.default_rng([s.seed, i])) for d in datasets for i, row in enumerate(d.held_out)]
+    rows = [
+        (d, row, np.random.default_rng([s.seed, i])) for d in datasets for i, row in enumerate(d.held_out)
+    ]
     rows = [rows[i] for i in np.random.default_rng(s.seed).permutation(len(rows))]
     results = []
     model.eval()
@@ -441,10 +457,29 @@ def held_out(model, datasets, s, positives):
     return {"held_out_loss": loss, "held_out_accuracy": accuracy}
 
 
+def train_step(model, optimizer, batch, s, step):
+    """One optimizer step -> its log record, without times."""
+    optimizer.param_groups[0]["lr"] = learning_rate(s, step)
+    loss, accuracy = backward(model, batch.tokens, lambda e: batch_loss(e, batch, s), s.micro_tokens)
+    norm = torch.nn.utils.clip_grad_norm_(trained(model).values(), s.clip)
+    record = {
+        "step": step + 1,
+        "loss": loss.item(),
+        "accuracy": accuracy.item(),
+        "lr": learning_rate(s, step),
+    }
+    if math.isfinite(record["loss"]) and math.isfinite(norm):
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return record | {"grad_norm": norm.item()}
+
+
 def train(run, init, entries, stage, s, mined=None):
     """Trains, resumes or finishes one stage in the folder `run`, which ends up as a loadable model."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and sys.platform == "linux":  # glibc gives memory back after each step, and faults cost a third
+    if (
+        device == "cpu" and sys.platform == "linux"
+    ):  # else glibc gives memory back each step, and faults cost a third
         for parameter, value in ((-3, 2**30), (-1, 2**31 - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
             ctypes.CDLL(None).mallopt(parameter, value)
     datasets = read_datasets(entries, stage, s, mined)
@@ -452,65 +487,60 @@ def train(run, init, entries, stage, s, mined=None):
     model, base = build(init, s, device)
     optimizer = torch.optim.AdamW(trained(model).values(), lr=s.lr, weight_decay=s.weight_decay, fused=True)
     done = resume(run, s, model, optimizer)
-    log = Log(run, describe(s, base, entries), done)
-    counts = {"all": sum(p.numel() for p in model.parameters()), "trained": sum(p.numel() for p in trained(model).values())}
-    print(f"{counts['all']:,} parameters, {counts['trained']:,} trained; global batch {s.batch} = 1 rank x {s.batch} rows, "
-          f"in micro-batches of at most {s.micro_tokens} tokens; steps {done} to {s.steps}")  # fmt: skip
-    matrices = counts["all"] - model.embedding_model.embed_tokens.weight.numel()
-    peak, stop = measured_peak(device, model.dtype), []
-    for number in (signal.SIGTERM, signal.SIGINT):
+    if done == s.steps and (run / "config.json").exists():
+        print(f"{run}: finished already; --restart trains it anew")
+        return
+    log, stop = Log(run, describe(s, base, entries), done), []
+    count = sum(p.numel() for p in model.parameters())
+    print(f"{count:,} parameters, {sum(p.numel() for p in trained(model).values()):,} of them trained")
+    print(
+        f"global batch {s.batch} = 1 rank x {s.batch} rows, micro-batches of at most {s.micro_tokens} tokens"
+    )
+    matrices = count - model.embedding_model.embed_tokens.weight.numel()
+    peak = measured_peak(device, model.dtype)
+    for number in (signal.SIGTERM, signal.SIGINT):  # finish the step, save, exit 0
         signal.signal(number, lambda *_: stop.append(True))
-
-    def save(step):
-        state = {"step": step, "base": base, "settings": dataclasses.asdict(s)}
-        save_checkpoint(run, step, model, optimizer, state)
-
     if not done:
-        record = {"step": 0} | held_out(model, datasets, s, positives)
-        log.write(record)
-        print(line(record))
+        log.write({"step": 0} | held_out(model, datasets, s, positives))
     model.train()
     began = time.perf_counter()
     for step in range(done, s.steps):
-        start = time.perf_counter()
-        rows = [(datasets[d], datasets[d].rows[i], np.random.default_rng([s.seed, epoch, d, i]))
-                for epoch, d, i in schedule(sizes, s, step)]  # fmt: skip
+        start, where = time.perf_counter(), schedule(sizes, s, step)
+        rows = [
+            (datasets[d], datasets[d].rows[i], np.random.default_rng([s.seed, e, d, i])) for e, d, i in where
+        ]
         batch = make_batch(model, rows, s, positives)
-        optimizer.param_groups[0]["lr"] = learning_rate(s, step)
-        loss, accuracy = backward(model, batch.tokens, lambda e: batch_loss(e, batch, s), s.micro_tokens)
-        norm = torch.nn.utils.clip_grad_norm_(trained(model).values(), s.clip)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            names = ", ".join(f"{datasets[d].name}[{i}]" for _, d, i in schedule(sizes, s, step))
-            last = checkpoint(run) if (run / "latest").exists() else "none"
-            raise InputError(f"step {step + 1}: loss {loss:.4g}, gradient norm {norm:.4g}; rows {names}; kept: {last}")
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        record = train_step(model, optimizer, batch, s, step)
+        if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
+            names = ", ".join(f"{datasets[d].name}[{i}]" for _, d, i in where)
+            raise InputError(f"{line(record)}: not finite; rows {names}; last checkpoint: {last_good(run)}")
         seconds, tokens = time.perf_counter() - start, sum(len(t.ids) for t in batch.tokens)
-        cached = len(pack(batch.tokens, s.micro_tokens)) > 1
-        flops = (6 if cached else 4) * matrices * tokens  # forward 2, backward to inputs 2, the cache's forward 2
-        record = {"step": step + 1, "loss": loss.item(), "accuracy": accuracy.item(), "lr": learning_rate(s, step)}
-        record |= {"grad_norm": norm.item(), "tokens_per_s": tokens / seconds, "share_of_peak": flops / seconds / peak}
+        passes = (
+            4 if len(pack(batch.tokens, s.micro_tokens)) == 1 else 6
+        )  # FLOPs a weight and token: forward 2,
+        share = passes * matrices * tokens / seconds / peak  # backward to the inputs 2, the cache's forward 2
         left = (time.perf_counter() - began) / (step + 1 - done) * (s.steps - step - 1)
-        record |= {"memory_gib": peak_memory_gib(), "seconds_left": left}
-        if (step + 1) % s.eval_every == 0 or step + 1 == s.steps:
+        record |= {"tokens_per_s": tokens / seconds, "share_of_peak": share, "memory_gib": peak_memory_gib()}
+        record |= {"seconds_left": left}
+        last = step + 1 == s.steps
+        if last or (step + 1) % s.eval_every == 0:
             record |= held_out(model, datasets, s, positives)
         log.write(record)
-        print(line(record), flush=True)
-        if (step + 1) % s.save_every == 0 or step + 1 == s.steps or stop:
-            save(step + 1)
-        if stop:
-            print(f"stopped at step {step + 1}; the same command goes on from here")
+        if last or stop or (step + 1) % s.save_every == 0:
+            state = {"step": step + 1, "base": base, "settings": dataclasses.asdict(s)}
+            save_checkpoint(run, step + 1, model, optimizer, state)
+        if stop and not last:
+            print(f"stopped after step {step + 1}; the same command goes on from here")
             return
     export(model, run, base, s, datasets)
 
 
 def line(record):
     """One printed line a step."""
-    names = {"tokens_per_s": "tok/s", "share_of_peak": "peak", "memory_gib": "GiB", "seconds_left": "left"}
-    shown = {names.get(k, k): v if isinstance(v, int) else f"{v:.4g}" for k, v in record.items()}
-    if "left" in shown:
-        shown["left"] = f"{record['seconds_left'] / 60:.1f}min"
-    return "  ".join(f"{k} {v}" for k, v in shown.items())
+    shown = {name: value if isinstance(value, int) else f"{value:.4g}" for name, value in record.items()}
+    if "seconds_left" in shown:
+        shown["seconds_left"] = f"{record['seconds_left']:.0f}"
+    return "  ".join(f"{name} {value}" for name, value in shown.items())
 
 
 def export(model, run, base, s, datasets):
@@ -526,12 +556,18 @@ def export(model, run, base, s, datasets):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--stage", type=int, choices=(1, 2), default=1)
     parser.add_argument("--recipe", default=str(ROOT / "data" / "local.json"))
     parser.add_argument("--data", help="own rows (.jsonl or .jsonl.gz) instead of the recipe's")
-    parser.add_argument("--init", help="model to begin with: folder, hub id or run; default: the base, then runs/stage1")
-    parser.add_argument("--out", help="folder of the run; default: runs/stage1, runs/stage2 or runs/NAME-OF-DATA")
+    parser.add_argument(
+        "--init", help="model to begin with: folder, hub id or run; default: the base, then runs/stage1"
+    )
+    parser.add_argument(
+        "--out", help="folder of the run; default: runs/stage1, runs/stage2 or runs/NAME-OF-DATA"
+    )
     parser.add_argument("--mined", help="folder of mine.py's output, used where it has a data set's file")
     parser.add_argument("--restart", action="store_true", help="begin anew, removing an earlier run in --out")
     for field in dataclasses.fields(Settings):
@@ -552,7 +588,10 @@ def main():
         entries = [{"name": name, "file": args.data, "stages": [args.stage], "instruction": ""}]
     run = Path(args.out or Path("runs", name))
     init = args.init or ("runs/stage1" if args.stage == 2 and not args.data else recipe["base"])
-    expect(init != "runs/stage1" or Path(init, "config.json").exists(), f"{init}: no finished run; run --stage 1 first")
+    expect(
+        init != "runs/stage1" or Path(init, "config.json").exists(),
+        f"{init}: no finished run; run --stage 1 first",
+    )
     if args.restart:
         shutil.rmtree(run, ignore_errors=True)
     run.mkdir(parents=True, exist_ok=True)
