@@ -1,6 +1,6 @@
 """Where hard negatives come from (section 4.1; NV-Retriever, arXiv 2407.15831): encode, search, positive-aware filter.
 
-    python mine.py                                        teacher runs/stage1, retrieval sets of the recipe -> runs/mined
+    python mine.py                                        teacher runs/stage1, stage 2's retrieval sets -> runs/mined
     python mine.py --model intfloat/e5-mistral-7b-instruct --data my.jsonl --out mined
 
 Each output has the name of its rows; beside it NAME.json says the teacher, its hash, the settings and what every filter
@@ -149,7 +149,7 @@ def main():
     )
     parser.add_argument("--model", default="runs/stage1", help="teacher: folder, hub id, minilm or smollm2")
     parser.add_argument("--recipe", default=str(ROOT / "data" / "local.json"))
-    parser.add_argument("--data", nargs="+", help="own rows instead of the recipe's retrieval sets")
+    parser.add_argument("--data", nargs="+", help="own rows instead of the retrieval sets of the recipe's stage 2")
     parser.add_argument("--corpus", help="more documents: .jsonl of rows, whose texts are added")
     parser.add_argument("--out", default="runs/mined", help="folder for the mined rows")
     parser.add_argument("--rule", choices=RULES, default="percpos")
@@ -168,7 +168,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     recipe = read_recipe(args.recipe)
-    entries = [entry for entry in recipe["datasets"] if entry["kind"] in ("retrieval", "sts")]
+    entries = [e for e in recipe["datasets"] if e["kind"] in ("retrieval", "sts") and 2 in e["stages"]]
     if args.data:
         entries = [{"file": path, "instruction": ""} for path in args.data]
     args.max_length = args.max_length or recipe["stages"].get("1", {}).get("max_length", 512)

@@ -11,6 +11,7 @@ documents, P positives a query has, D width.
 import argparse
 import ctypes
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -22,7 +23,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections import defaultdict
+from collections import defaultdict, namedtuple
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,32 +110,33 @@ def read_datasets(entries, stage, s, mined=None):
     return datasets
 
 
-def schedule(sizes, s, step):
-    """Rows of a step as (epoch, data set, row), a pure function of (sizes, settings, step): nothing to store for a resume.
+@functools.lru_cache(maxsize=4)
+def epoch_order(sizes, batch, batching, seed, epoch):
+    """Global row numbers in the order of an epoch. blended: one permutation of all rows. task: batches of one set each,
+    shuffled; what does not fill a batch waits for another epoch's permutation."""
+    rng, starts = np.random.default_rng([seed, epoch]), np.cumsum([0, *sizes])
+    if batching == "blended":
+        return rng.permutation(starts[-1])
+    expect(batching == "task", f"batching: expected blended or task, got {batching!r}")
+    expect(
+        max(sizes) >= batch, f"batch: expected at most {max(sizes)}, the rows of the largest set, got {batch}"
+    )
+    shuffled = [start + rng.permutation(size) for start, size in zip(starts, sizes, strict=False)]
+    batches = [rows[i : i + batch] for rows in shuffled for i in range(0, len(rows) - batch + 1, batch)]
+    return np.concatenate([batches[i] for i in rng.permutation(len(batches))])
 
-    blended: one permutation of all rows an epoch, read on without a gap, so each row comes once an epoch. task: batches of
-    one set each, in random order; what does not fill a batch waits for another epoch's shuffle.
-    """
-    if s.batching == "blended":
-        total = sum(sizes)
-        first = step * s.batch
-        rows = []
-        for epoch in range(first // total, (first + s.batch - 1) // total + 1):
-            order = np.random.default_rng([s.seed, epoch]).permutation(total)
-            start = max(first - epoch * total, 0)
-            rows += [(epoch, i) for i in order[start : first + s.batch - epoch * total]]
-    else:
-        counts = [size // s.batch for size in sizes]
-        expect(sum(counts), f"batch: expected a data set of at least {s.batch} rows")
-        epoch, place = divmod(step, sum(counts))
-        rng = np.random.default_rng([s.seed, epoch])
-        batches = []
-        for size, count, start in zip(sizes, counts, np.cumsum([0, *sizes]), strict=False):
-            batches += list(start + rng.permutation(size)[: count * s.batch].reshape(count, s.batch))
-        rows = [(epoch, i) for i in batches[rng.permutation(len(batches))[place]]]
-    starts = np.cumsum([0, *sizes])
-    sets = np.searchsorted(starts, [i for _, i in rows], side="right") - 1
-    return [(epoch, int(d), int(i - starts[d])) for (epoch, i), d in zip(rows, sets, strict=True)]
+
+def schedule(sizes, s, step):
+    """Rows of a step as (epoch, data set, row): a pure function of its arguments, so a resume needs no more than the
+    step, and any number of ranks sees the same batches. Epochs follow each other without a gap."""
+    rows, starts = [], np.cumsum([0, *sizes])
+    total = len(epoch_order(tuple(sizes), s.batch, s.batching, s.seed, 0))
+    for place in range(step * s.batch, (step + 1) * s.batch):
+        epoch, place = divmod(place, total)
+        i = epoch_order(tuple(sizes), s.batch, s.batching, s.seed, epoch)[place]
+        d = int(np.searchsorted(starts, i, side="right")) - 1
+        rows.append((epoch, d, int(i - starts[d])))
+    return rows
 
 
 def text_id(text):
@@ -142,14 +144,10 @@ def text_id(text):
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
-@dataclass
-class Batch:
-    """B rows: tokens of the B queries, then of the valid documents in row order; what the loss must know of them."""
-
-    tokens: list
-    valid: torch.Tensor  # (B, 1 + N) bool: column 0 is the positive; False pads a short list of negatives
-    document_ids: torch.Tensor  # (B, 1 + N) text_id
-    positive_ids: torch.Tensor  # (B, P) text_ids of all known positives of the query, padded with the first
+# B rows: Tokens of the B queries, then of the documents that are valid, in row order; valid (B, 1 + N) bool, column 0 the
+# positive, False pads a short list of negatives; document_ids (B, 1 + N) and positive_ids (B, P), all known positives of
+# the query padded with the first, are `text_id`s.
+Batch = namedtuple("Batch", "tokens valid document_ids positive_ids")
 
 
 def make_batch(model, rows, s, positives):
@@ -387,19 +385,19 @@ def resume(run, s, model, optimizer):
 # ---- the loop
 
 
-class Log:
-    """log.jsonl: first what the run is, then a line a step. A resumed run drops the lines after its checkpoint."""
+def open_log(run, head, step):
+    """log.jsonl: first what the run is, then a line a step; a resumed run drops the lines after its checkpoint."""
+    path = run / "log.jsonl"
+    lines = path.read_text().splitlines() if path.exists() and step else [json.dumps(head)]
+    lines = lines[:1] + [line for line in lines[1:] if json.loads(line)["step"] <= step]
+    path.write_text("\n".join(lines) + "\n")
+    return path.open("a", buffering=1)
 
-    def __init__(self, run, head, step):
-        path = run / "log.jsonl"
-        lines = path.read_text().splitlines() if path.exists() and step else [json.dumps(head)]
-        keep = [line for line in lines[1:] if json.loads(line)["step"] <= step]
-        path.write_text("\n".join([lines[0], *keep]) + "\n")
-        self.file = path.open("a", buffering=1)
 
-    def write(self, record):
-        self.file.write(json.dumps(record) + "\n")
-        print(line(record), flush=True)
+def write_log(log, record):
+    """One line of log.jsonl, and the same on the screen."""
+    log.write(json.dumps(record) + "\n")
+    print(line(record), flush=True)
 
 
 def describe(s, base, entries):
@@ -490,7 +488,7 @@ def train(run, init, entries, stage, s, mined=None):
     if done == s.steps and (run / "config.json").exists():
         print(f"{run}: finished already; --restart trains it anew")
         return
-    log, stop = Log(run, describe(s, base, entries), done), []
+    log, stop = open_log(run, describe(s, base, entries), done), []
     count = sum(p.numel() for p in model.parameters())
     print(f"{count:,} parameters, {sum(p.numel() for p in trained(model).values()):,} of them trained")
     print(
@@ -501,7 +499,7 @@ def train(run, init, entries, stage, s, mined=None):
     for number in (signal.SIGTERM, signal.SIGINT):  # finish the step, save, exit 0
         signal.signal(number, lambda *_: stop.append(True))
     if not done:
-        log.write({"step": 0} | held_out(model, datasets, s, positives))
+        write_log(log, {"step": 0} | held_out(model, datasets, s, positives))
     model.train()
     began = time.perf_counter()
     for step in range(done, s.steps):
@@ -525,7 +523,7 @@ def train(run, init, entries, stage, s, mined=None):
         last = step + 1 == s.steps
         if last or (step + 1) % s.eval_every == 0:
             record |= held_out(model, datasets, s, positives)
-        log.write(record)
+        write_log(log, record)
         if last or stop or (step + 1) % s.save_every == 0:
             state = {"step": step + 1, "base": base, "settings": dataclasses.asdict(s)}
             save_checkpoint(run, step + 1, model, optimizer, state)
@@ -546,12 +544,11 @@ def line(record):
 def export(model, run, base, s, datasets):
     """Writes the finished run as a model folder and a PEFT adapter; prints the cosine of merged against adapted."""
     texts = [row["pos"][0] for dataset in datasets for row in (dataset.held_out or dataset.rows)[:16]]
-    model.eval()
-    adapted = model.encode(texts, max_length=s.max_length)
-    model.save_pretrained(run, getattr(torch, s.export_dtype))
+    model.eval().save_pretrained(run, getattr(torch, s.export_dtype))
     nvembed.save_adapter(model, run / "adapter", base)
-    merged = NVEmbed.from_pretrained(run, model.device, model.dtype).encode(texts, max_length=s.max_length)
-    cosine = (adapted * merged).sum(axis=1)
+    model.dtype = torch.float32  # both in fp32 arithmetic: what is left is the rounding of the merged weights
+    merged = NVEmbed.from_pretrained(run, model.device, torch.float32)
+    cosine = (model.encode(texts) * merged.encode(texts)).sum(axis=1)
     print(f"{run}: saved in {s.export_dtype}; cosine of merged against adapted: lowest {cosine.min():.6f}")
 
 
