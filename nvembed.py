@@ -176,7 +176,8 @@ def dropout(x, p):
 
 class RMSNorm(nn.RMSNorm):
     def forward(self, x):
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
         return x * (norm * norm / x.shape[-1] + self.eps).rsqrt().to(x.dtype) * self.weight.to(x.dtype)
 
 
@@ -402,7 +403,8 @@ class NVEmbed(nn.Module):
         first = [
             n - 1 if self.config.pooling == "eos" else t.masked for t, n in zip(tokens, lengths, strict=True)
         ]
-        pooled = [text[i:].float().mean(dim=0) for i, text in zip(first, h.split(lengths), strict=True)]
+        h = h.to(torch.promote_types(h.dtype, torch.float32))
+        pooled = [text[i:].mean(dim=0) for i, text in zip(first, h.split(lengths), strict=True)]
         return F.normalize(torch.stack(pooled), dim=-1)
 
     def tokenize(self, texts, instruction="", max_length=512):

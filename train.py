@@ -272,10 +272,14 @@ def build(init, s, device):
     """
     latest = Path(str(init), "latest")
     base = read_json(checkpoint(init) / "state.json")["base"] if latest.exists() else str(init)
-    dtype = nvembed.fast_dtype(device) if s.dtype == "auto" else getattr(torch, s.dtype, None)
-    expect(isinstance(dtype, torch.dtype), f"dtype: expected auto, float32 or bfloat16, got {s.dtype!r}")
+    dtypes = {"auto": nvembed.fast_dtype(device), "float32": torch.float32, "bfloat16": torch.bfloat16}
+    for name in ("dtype", "export_dtype"):
+        value = getattr(s, name)
+        expect(value in dtypes, f"{name}: expected one of {list(dtypes)}, got {value!r}")
     torch.manual_seed(s.seed)
-    model = NVEmbed.from_pretrained(resolve(base), device, dtype, causal=s.causal, pooling=s.pooling)
+    model = NVEmbed.from_pretrained(
+        resolve(base), device, dtypes[s.dtype], causal=s.causal, pooling=s.pooling
+    )
     nvembed.add_lora(model.requires_grad_(False), s.lora_rank, s.lora_alpha, s.lora_dropout)
     if s.pooling in ("latent", "self"):
         model.latent_attention_model.float().requires_grad_(True)
@@ -544,7 +548,9 @@ def line(record):
 def export(model, run, base, s, datasets):
     """Writes the finished run as a model folder and a PEFT adapter; prints the cosine of merged against adapted."""
     texts = [row["pos"][0] for dataset in datasets for row in (dataset.held_out or dataset.rows)[:16]]
-    model.eval().save_pretrained(run, getattr(torch, s.export_dtype))
+    model.eval().save_pretrained(
+        run, model.dtype if s.export_dtype == "auto" else getattr(torch, s.export_dtype)
+    )
     nvembed.save_adapter(model, run / "adapter", base)
     model.dtype = torch.float32  # both in fp32 arithmetic: what is left is the rounding of the merged weights
     merged = NVEmbed.from_pretrained(run, model.device, torch.float32)
