@@ -144,28 +144,23 @@ def weights_hash(folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="runs/stage1", help="teacher: folder, hub id, minilm or smollm2")
-    parser.add_argument("--recipe", default=str(ROOT / "data" / "local.json"))
-    parser.add_argument("--data", nargs="+", help="own rows instead of the retrieval sets of the recipe's stage 2")
-    parser.add_argument("--corpus", help="more documents: .jsonl of rows, whose texts are added")
-    parser.add_argument("--out", default="runs/mined", help="folder for the mined rows")
-    parser.add_argument("--rule", choices=RULES, default="percpos")
-    parser.add_argument(
-        "--percent", type=float, default=0.95, help="percpos, sampled: share of the positive's score"
-    )
-    parser.add_argument(
-        "--margin", type=float, default=0.05, help="margin: distance below the positive's score"
-    )
-    parser.add_argument("--threshold", type=float, default=0.7, help="abs: highest score")
-    parser.add_argument("--shift", type=int, default=10, help="shifted: best candidates skipped")
-    parser.add_argument("--top-k", type=int, default=100, help="candidates a query")
-    parser.add_argument("--negatives", type=int, default=7)
-    parser.add_argument("--max-length", type=int, help="tokens of a text; default: stage 1's in the recipe")
-    parser.add_argument("--batch-tokens", type=int, default=16384)
-    parser.add_argument("--seed", type=int, default=0)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    flag = parser.add_argument
+    flag("--model", default="runs/stage1", help="teacher: folder, hub id, minilm or smollm2")
+    flag("--recipe", default=str(ROOT / "data" / "local.json"))
+    flag("--data", nargs="+", help="own rows instead of the retrieval sets of the recipe's stage 2")
+    flag("--corpus", help="more documents: .jsonl of rows, whose texts are added")
+    flag("--out", default="runs/mined", help="folder for the mined rows")
+    flag("--rule", choices=RULES, default="percpos")
+    flag("--percent", type=float, default=0.95, help="percpos, sampled: share of the positive's score")
+    flag("--margin", type=float, default=0.05, help="margin: distance below the positive's score")
+    flag("--threshold", type=float, default=0.7, help="abs: highest score")
+    flag("--shift", type=int, default=10, help="shifted: best candidates skipped")
+    flag("--top-k", type=int, default=100, help="candidates a query")
+    flag("--negatives", type=int, default=7)
+    flag("--max-length", type=int, help="tokens of a text; default: stage 1's in the recipe")
+    flag("--batch-tokens", type=int, default=16384)
+    flag("--seed", type=int, default=0)
     args = parser.parse_args()
     recipe = read_recipe(args.recipe)
     entries = [e for e in recipe["datasets"] if e["kind"] in ("retrieval", "sts") and 2 in e["stages"]]

@@ -301,7 +301,7 @@ class LatentAttention(nn.Module):
         super().__init__()
         d, width = c.hidden_size, c.num_cross_heads * c.cross_dim_head
         self.heads, self.scale, self.cached = c.num_cross_heads, c.cross_dim_head**-0.5, (None, None)
-        self.latents = nn.Parameter(torch.empty(c.num_latents, d)) if c.pooling == "latent" else None
+        self.latents = nn.Parameter(torch.randn(c.num_latents, d)) if c.pooling == "latent" else None
         cross = {"to_q": Linear(d, width, bias=False), "to_kv": Linear(d, 2 * width, bias=False)}
         cross = nn.ModuleDict(cross | {"to_out": Linear(width, d, bias=False)})
         net = nn.ModuleDict({"0": Linear(d, 8 * d), "2": Linear(4 * d, d)})
@@ -312,13 +312,6 @@ class LatentAttention(nn.Module):
     def train(self, mode=True):
         self.cached = (None, None)  # fused optimizers do not count up _version
         return super().train(mode)
-
-    def reset_parameters(self):
-        for module in self.modules():
-            if isinstance(module, (Linear, LayerNorm)):
-                module.reset_parameters()
-        if self.latents is not None:
-            nn.init.normal_(self.latents)
 
     def keys_values(self, context):
         """context (R, D) -> k and v, each (R, C, K); the released to_kv holds all keys, then all values."""
@@ -469,8 +462,7 @@ class NVEmbed(nn.Module):
         if missing:  # a base model has no pooling layer yet; an untrained one is the same at every load
             with torch.random.fork_rng():
                 torch.manual_seed(0)
-                model.latent_attention_model.to_empty(device=device).reset_parameters()
-            model.latent_attention_model.to(dtype)
+                model.latent_attention_model = LatentAttention(config).to(device, dtype)
         if missing or left:
             print(f"{folder}: fresh: {missing[:1] or 'none'}; dropped: {left[:1] or 'none'}", file=sys.stderr)
         return model.eval()

@@ -559,31 +559,30 @@ def export(model, run, base, s, datasets):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--stage", type=int, choices=(1, 2), default=1)
-    parser.add_argument("--recipe", default=str(ROOT / "data" / "local.json"))
-    parser.add_argument("--data", help="own rows (.jsonl or .jsonl.gz) instead of the recipe's")
-    parser.add_argument(
-        "--init", help="model to begin with: folder, hub id or run; default: the base, then runs/stage1"
-    )
-    parser.add_argument(
-        "--out", help="folder of the run; default: runs/stage1, runs/stage2 or runs/NAME-OF-DATA"
-    )
-    parser.add_argument("--mined", help="folder of mine.py's output, used where it has a data set's file")
-    parser.add_argument("--restart", action="store_true", help="begin anew, removing an earlier run in --out")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    flag = parser.add_argument
+    flag("--stage", type=int, choices=(1, 2), default=1)
+    flag("--recipe", default=str(ROOT / "data" / "local.json"))
+    flag("--data", help="own rows (.jsonl or .jsonl.gz) instead of the recipe's")
+    flag("--init", help="model to begin with: folder, hub id or run; default: the base, then runs/stage1")
+    flag("--out", help="folder of the run; default: runs/stage1, runs/stage2 or runs/NAME-OF-DATA")
+    flag("--mined", help="folder of mine.py's output, used where it has a data set's file")
+    flag("--restart", action="store_true", help="begin anew, removing an earlier run in --out")
     for field in dataclasses.fields(Settings):
         kind = {"type": field.type} if field.type is not bool else {"action": argparse.BooleanOptionalAction}
-        parser.add_argument("--" + field.name.replace("_", "-"), default=None, **kind)
+        flag("--" + field.name.replace("_", "-"), default=None, **kind)
     args = parser.parse_args()
     expect(int(os.environ.get("WORLD_SIZE", 1)) == 1, "torchrun: expected one process (--nproc-per-node 1)")
     recipe = read_recipe(args.recipe)
-    names = {field.name for field in dataclasses.fields(Settings)}
+    kinds = {field.name: field.type for field in dataclasses.fields(Settings)}
     given = recipe["stages"].get(str(args.stage), {})
-    for name in given:
-        expect(name in names, f"{args.recipe}: stages.{args.stage}: unknown setting '{name}'")
-    flags = {name: value for name, value in vars(args).items() if name in names and value is not None}
+    for name, value in given.items():
+        expect(name in kinds, f"{args.recipe}: stages.{args.stage}: unknown setting '{name}'")
+        fits = type(value) in ((int, float) if kinds[name] is float else (kinds[name],))
+        expect(
+            fits, f"{args.recipe}: stages.{args.stage}.{name}: expected {kinds[name].__name__}, got {value!r}"
+        )
+    flags = {name: value for name, value in vars(args).items() if name in kinds and value is not None}
     s = Settings(**({"seed": recipe["seed"]} | given | flags))
     entries, name = recipe["datasets"], f"stage{args.stage}"
     if args.data:
@@ -591,11 +590,9 @@ def main():
         entries = [{"name": name, "file": args.data, "stages": [args.stage], "instruction": ""}]
     run = Path(args.out or Path("runs", name))
     init = args.init or ("runs/stage1" if args.stage == 2 and not args.data else recipe["base"])
-    expect(
-        init != "runs/stage1" or Path(init, "config.json").exists(),
-        f"{init}: no finished run; run --stage 1 first",
-    )
-    if args.restart:
+    ready = init != "runs/stage1" or Path(init, "config.json").exists()
+    expect(ready, f"{init}: no finished run; run --stage 1 first")
+    if args.restart and (run / "log.jsonl").exists():
         shutil.rmtree(run, ignore_errors=True)
     run.mkdir(parents=True, exist_ok=True)
     train(run, init, entries, args.stage, s, args.mined)

@@ -337,7 +337,11 @@ def test_bad_flags(recipe, tmp_path, flags, told):
 
 def test_bad_recipe(recipe, tmp_path):
     found = json.loads(recipe.read_text())
-    found["stages"]["1"]["stepz"] = 3
-    recipe.write_text(json.dumps(found))
-    code, out, err = finish(recipe, "--out", tmp_path / "run")
-    assert code == 2 and "stages.1: unknown setting 'stepz'" in err
+    for name, value, told in (
+        ("stepz", 3, "unknown setting 'stepz'"),
+        ("steps", "3", "stages.1.steps: expected int"),
+    ):
+        found["stages"]["1"] = {name: value}
+        recipe.write_text(json.dumps(found))
+        code, out, err = finish(recipe, "--out", tmp_path / "run")
+        assert code == 2 and told in err
