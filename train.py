@@ -272,7 +272,8 @@ def build(init, s, device):
     """
     latest = Path(str(init), "latest")
     base = read_json(checkpoint(init) / "state.json")["base"] if latest.exists() else str(init)
-    dtypes = {"auto": nvembed.fast_dtype(device), "float32": torch.float32, "bfloat16": torch.bfloat16}
+    dtypes = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+    dtypes["auto"] = nvembed.fast_dtype(device)
     for name in ("dtype", "export_dtype"):
         value = getattr(s, name)
         expect(value in dtypes, f"{name}: expected one of {list(dtypes)}, got {value!r}")
