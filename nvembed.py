@@ -520,7 +520,7 @@ def read_weights(folder, device, dtype):
 
 
 def released_configs(model, path, dtype):
-    """The JSON files of the released layout: file name -> content."""
+    """The JSON files of the released layout: file name -> content, config.json last: with it all is there."""
     c, name = model.config, str(dtype).removeprefix("torch.")
     text = {"model_type": "bidir_mistral", "architectures": ["MistralModel"], "_name_or_path": str(path)}
     text |= {"hidden_act": "silu", "tie_word_embeddings": False, "torch_dtype": name} | dataclasses.asdict(c)
@@ -535,7 +535,7 @@ def released_configs(model, path, dtype):
     special = {"bos_token": c.bos_token_id, "eos_token": c.eos_token_id, "pad_token": c.eos_token_id}
     special = {key: model.tokenizer.id_to_token(i) for key, i in special.items() if i is not None}
     tokens = special | {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": "bos_token" in special}
-    return {"config.json": config, "tokenizer_config.json": tokens, "special_tokens_map.json": special}
+    return {"tokenizer_config.json": tokens, "special_tokens_map.json": special, "config.json": config}
 
 
 def lora_layers(model):

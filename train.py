@@ -31,7 +31,7 @@ import numpy as np
 import safetensors
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import nvembed
 from data.prepare import read_recipe, read_rows, resolve
@@ -85,6 +85,8 @@ class Dataset:
 
 def read_datasets(entries, stage, s, mined=None):
     """Recipe entries of a stage -> list of Dataset: capped at `samples` rows, `held_out` of them set apart, by seed."""
+    expect(s.short in ("pad", "fail"), f"short: expected pad or fail, got {s.short!r}")
+    expect(not mined or Path(mined).is_dir(), f"--mined {mined}: no such folder")
     datasets = []
     for entry in entries:
         if stage not in entry["stages"]:
@@ -106,6 +108,9 @@ def read_datasets(entries, stage, s, mined=None):
             Dataset(entry["name"], entry["instruction"], entry.get("symmetric", False), kept, held_out)
         )
         print(f"{entry['name']}: {len(kept)} rows of {path}, {cut} held out")
+    rows = sum(len(dataset.rows) for dataset in datasets)
+    fits = not datasets or 1 <= s.batch <= rows
+    expect(fits, f"batch: expected at most {rows}, the rows there are, and at least 1, got {s.batch}")
     expect(datasets, f"recipe: expected a data set of stage {stage}, got none")
     return datasets
 
@@ -277,6 +282,9 @@ def build(init, s, device):
     for name in ("dtype", "export_dtype"):
         value = getattr(s, name)
         expect(value in dtypes, f"{name}: expected one of {list(dtypes)}, got {value!r}")
+    expect(s.lora_rank > 0, f"lora_rank: expected at least 1, got {s.lora_rank}")
+    room = f"micro_tokens: expected at least max_length, {s.max_length}, got {s.micro_tokens}"
+    expect(s.micro_tokens >= s.max_length, room)
     torch.manual_seed(s.seed)
     model = NVEmbed.from_pretrained(
         resolve(base), device, dtypes[s.dtype], causal=s.causal, pooling=s.pooling
@@ -371,19 +379,19 @@ def sync(path):
     os.close(fd)
 
 
-def resume(run, s, model, optimizer):
+def resume(run, s, model, optimizer, init):
     """Restores the last checkpoint, if there is one -> the number of steps done."""
     if not (run / "latest").exists():
         return 0
     folder = checkpoint(run)
     state = read_json(folder / "state.json")
-    for name, value in dataclasses.asdict(s).items():
+    for name, value in (dataclasses.asdict(s) | {"init": str(init)}).items():
         was = state["settings"].get(name)
         advice = "; use the same, --restart or another --out"
         expect(was == value, f"{run}: was begun with {name} = {was!r}, now {value!r}{advice}")
     load_tensors(trained(model), folder / "trained.safetensors")
     load_tensors(optimizer_tensors(model, optimizer), folder / "optimizer.safetensors")
-    set_random_state(load_file(folder / "random.safetensors"))
+    set_random_state(nvembed.read_tensors(folder / "random.safetensors"))
     return state["step"]
 
 
@@ -394,7 +402,8 @@ def open_log(run, head, step):
     """log.jsonl: first what the run is, then a line a step; a resumed run drops the lines after its checkpoint."""
     path = run / "log.jsonl"
     lines = path.read_text().splitlines() if path.exists() and step else [json.dumps(head)]
-    lines = lines[:1] + [line for line in lines[1:] if json.loads(line)["step"] <= step]
+    marks = tuple(f'{{"step": {n},' for n in range(step + 1))  # a killed run may leave half a line
+    lines = lines[:1] + [line for line in lines[1:] if line.endswith("}") and line.startswith(marks)]
     path.write_text("\n".join(lines) + "\n")
     return path.open("a", buffering=1)
 
@@ -489,7 +498,7 @@ def train(run, init, entries, stage, s, mined=None):
     positives, sizes = known_positives(datasets), [len(d.rows) for d in datasets]
     model, base = build(init, s, device)
     optimizer = torch.optim.AdamW(trained(model).values(), lr=s.lr, weight_decay=s.weight_decay, fused=True)
-    done = resume(run, s, model, optimizer)
+    done = resume(run, s, model, optimizer, init)
     if done == s.steps and (run / "config.json").exists():
         print(f"{run}: finished already; --restart trains it anew")
         return
@@ -530,12 +539,12 @@ def train(run, init, entries, stage, s, mined=None):
             record |= held_out(model, datasets, s, positives)
         write_log(log, record)
         if last or stop or (step + 1) % s.save_every == 0:
-            state = {"step": step + 1, "base": base, "settings": dataclasses.asdict(s)}
+            state = {"step": step + 1, "base": base, "settings": dataclasses.asdict(s) | {"init": str(init)}}
             save_checkpoint(run, step + 1, model, optimizer, state)
         if stop and not last:
             print(f"stopped after step {step + 1}; the same command goes on from here")
             return
-    export(model, run, base, s, datasets)
+    nvembed.attempt(f"{run}: trained, not exported", export, model, run, base, s, datasets)
 
 
 def line(record):
@@ -549,10 +558,8 @@ def line(record):
 def export(model, run, base, s, datasets):
     """Writes the finished run as a model folder and a PEFT adapter; prints the cosine of merged against adapted."""
     texts = [row["pos"][0] for dataset in datasets for row in (dataset.held_out or dataset.rows)[:16]]
-    model.eval().save_pretrained(
-        run, model.dtype if s.export_dtype == "auto" else getattr(torch, s.export_dtype)
-    )
-    nvembed.save_adapter(model, run / "adapter", base)
+    nvembed.save_adapter(model.eval(), run / "adapter", base)
+    model.save_pretrained(run, model.dtype if s.export_dtype == "auto" else getattr(torch, s.export_dtype))
     model.dtype = torch.float32  # both in fp32 arithmetic: what is left is the rounding of the merged weights
     merged = NVEmbed.from_pretrained(run, model.device, torch.float32)
     cosine = (model.encode(texts) * merged.encode(texts)).sum(axis=1)
