@@ -10,6 +10,7 @@ dropped. A set whose NAME.json says the same is not mined again. Q queries, k ca
 import argparse
 import hashlib
 import json
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -67,14 +68,15 @@ def build_corpus(rows, extra=()):
 
 
 def search(queries, documents, k, chunk=1024):
-    """Exact inner-product search: (Q, D), (M, D) -> scores (Q, k), ids (Q, k), best first, ties by lower id."""
-    index = faiss.IndexFlatIP(documents.shape[1])
+    """Exact inner-product search: (Q, D), (M, D) -> scores (Q, k), ids (Q, k), best first, ties by lower id.
+
+    It looks 2 k deep, since faiss takes any of the documents that tie at the last place."""
+    index, deep = faiss.IndexFlatIP(documents.shape[1]), min(2 * k, len(documents))
     index.add(documents)
-    found = [
-        index.search(queries[i : i + chunk], k) for i in tqdm(range(0, len(queries), chunk), desc="search")
-    ]
+    starts = tqdm(range(0, len(queries), chunk), desc="search")
+    found = [index.search(queries[i : i + chunk], deep) for i in starts]
     scores, ids = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    order = np.lexsort((ids, -scores))
+    order = np.lexsort((ids, -scores))[:, :k]
     return np.take_along_axis(scores, order, axis=1), np.take_along_axis(ids, order, axis=1)
 
 
@@ -136,11 +138,12 @@ def rounded(scores):
     return [round(float(score), 4) for score in scores]
 
 
-def weights_hash(folder):
-    digest = hashlib.sha256()
-    for path in sorted(Path(folder).glob("*.safetensors")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+def digest(*paths):
+    """First 16 digits of the files' SHA-256."""
+    found = hashlib.sha256()
+    for path in paths:
+        found.update(Path(path).read_bytes())
+    return found.hexdigest()[:16]
 
 
 def main():
@@ -172,14 +175,16 @@ def main():
         not missing,
         "runs/stage1: no finished run to mine with; run torchrun train.py --stage 1, or give --model",
     )
-    folder = resolve(args.model)
+    folder = nvembed.local_folder(resolve(args.model))
+    weights = sorted(folder.glob("*.safetensors"))
     extra = [
         text for row in (read_rows(args.corpus) if args.corpus else []) for text in row["pos"] + row["neg"]
     ]
-    encode, plan = None, vars(args) | {"data": None, "out": None, "teacher": weights_hash(folder)}
+    options = {k: v for k, v in vars(args).items() if k not in ("recipe", "data", "out")}
+    encode, plan = None, options | {"teacher": digest(*weights), "corpus": extra and digest(args.corpus)}
     for entry in entries:
         rows, name = read_rows(entry["file"]), Path(entry["file"]).name
-        source = {"name": name, "sha256": hashlib.sha256(Path(entry["file"]).read_bytes()).hexdigest()[:16]}
+        source = {"name": name, "instruction": entry["instruction"], "sha256": digest(entry["file"])}
         target, said = Path(args.out, name), Path(args.out, name + ".json")
         if target.exists() and said.exists() and read_json(said).get("plan") == plan | source:
             print(f"{target}: already mined so")
@@ -187,7 +192,10 @@ def main():
         encode = encode or load_teacher(folder, args.max_length, args.batch_tokens)
         mined, counts = mine(rows, encode, entry["instruction"], entry.get("symmetric", False), args, extra)
         write_rows(target, mined)
-        said.write_text(json.dumps({"plan": plan | source, "counts": counts}, indent=2) + "\n")
+        command = " ".join(["python", "mine.py", *sys.argv[1:]])
+        said.write_text(
+            json.dumps({"command": command, "plan": plan | source, "counts": counts}, indent=2) + "\n"
+        )
         print(f"{target}: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()), flush=True)
 
 

@@ -71,8 +71,8 @@ def mistral_tokenizer():
     """Path of Mistral-7B-v0.1's tokenizer.json in the cache; the package is fetched once, checked by hash."""
     path = prepare.cache() / f"mistral-{VERSION}-tokenizer.json"
     if not path.exists():
-        prepare.PACKAGES["mistral-common"] = (VERSION, "7 MB", SHA256)
+        prepare.PACKAGES["mistral-common"] = (VERSION, 7, SHA256)
         folder = prepare.fetch("mistral-common") / "mistral_common" / "data"
-        with prepare.finished(path) as temporary:
+        with prepare.renamed(path) as temporary:
             convert(folder / "tokenizer.model.v1").save(str(temporary))
     return path

@@ -295,7 +295,7 @@ def test_held_out_sets():
 
 def test_documents_do_not_name_their_title():
     """A title's words of more than three letters do not occur in its positive; in the text before removal they mostly do."""
-    rows = prepare.read_rows(ROOT / "data/wikipedia_title.minilm.jsonl.gz")
+    rows = prepare.read_rows(ROOT / "data/wikipedia_title.jsonl.gz")
     found = [
         sum(len(w) > 3 and w in sets.words(row["pos"][0]) for w in sets.words(row["query"])) for row in rows
     ]

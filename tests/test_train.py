@@ -51,7 +51,7 @@ def some_rows(n, negatives=2, seed=0):
 def settings(**changes):
     small = {"steps": 10, "batch": 4, "negatives": 2, "lr": 1e-2, "warmup": 2, "max_length": 48}
     small |= {"micro_tokens": 64, "lora_rank": 4, "dtype": "float32", "export_dtype": "float32"}
-    small |= {"held_out": 4, "save_every": 1, "eval_every": 5}
+    small |= {"held_out": 4, "save_every": 2, "eval_every": 5}
     return train.Settings(**(small | changes))
 
 
@@ -166,13 +166,16 @@ def test_short_negatives_are_masked_not_repeated(in_batch):
     assert train.batch_loss(copies, batch, s)[0].item() > losses[0] + 0.5
 
 
-def test_more_negatives_than_asked_are_drawn_anew():
+def test_one_positive_and_the_negatives_are_drawn():
     row, s = some_rows(1, 6)[0], settings(negatives=2)
     drawn = [
         {text for _, text in a_batch(TEXTS, [row] * 8, s).tokens[8:][3 * i + 1 : 3 * i + 3]} for i in range(8)
     ]
     assert all(len(texts) == 2 and texts <= set(row["neg"]) for texts in drawn)
     assert set.union(*drawn) == set(row["neg"])
+    row["pos"] += ["a second positive", "a third positive"]
+    positives = {text for _, text in a_batch(TEXTS, [row] * 16, s).tokens[16::3]}
+    assert positives == set(row["pos"])
 
 
 def test_instruction_goes_where_it_belongs(base):
@@ -506,7 +509,7 @@ def test_half_a_log_line_does_not_stop_a_resume(recipe, whole, stopped, tmp_path
     assert learned(run) == learned(whole)
 
 
-def test_finished_runs_and_changed_settings(recipe, base, whole, tmp_path):
+def test_finished_runs_and_changed_settings(recipe, whole, tmp_path):
     run = shutil.copytree(whole, tmp_path / "run")
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     code, out, err = command(recipe, "--out", run)
@@ -518,12 +521,13 @@ def test_finished_runs_and_changed_settings(recipe, base, whole, tmp_path):
         ("--steps", 11, "steps = 10, now 11"),
     ):
         assert message in told(command(recipe, "--out", run, flag, value))
-    other = shutil.copytree(base, tmp_path / "other")
-    assert str(other) in told(
-        command(recipe, "--out", run, "--init", other)
-    )  # another base, of the same shape
     code, out, err = command(recipe, "--out", run, "--restart", "--steps", 1)
     assert code == 0 and [line["step"] for line in log(run)] == [0, 1], err
+
+
+def test_a_run_does_not_go_on_from_another_base(recipe, base, stopped, tmp_path):
+    run, other = shutil.copytree(stopped, tmp_path / "run"), shutil.copytree(base, tmp_path / "other")
+    assert str(other) in told(command(recipe, "--out", run, "--init", other))
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -745,7 +749,7 @@ def test_nan_stops_with_rows_and_checkpoint(recipe, tmp_path, monkeypatch):
     line = told(command(recipe, "--out", tmp_path / "run"))
     rows = ", ".join(f"rows[{i}]" for _, _, i in train.schedule([36], settings(), 3))
     assert "step 4 " in line and "not finite" in line and rows in line
-    assert line.endswith(f"last checkpoint: {tmp_path / 'run' / 'step_000003'}")
+    assert line.endswith(f"last checkpoint: {tmp_path / 'run' / 'step_000002'}")
     stored = [load_file(train.checkpoint(tmp_path / "run") / name) for name in FILES[:2]]
     assert all(tensor.isfinite().all() for part in stored for tensor in part.values())
     monkeypatch.undo()
