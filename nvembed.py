@@ -1,14 +1,13 @@
 """NV-Embed (Lee et al., arXiv 2405.17428): a decoder-only LLM turned into a text embedder, in plain PyTorch.
 
 text -> tokens, pool mask -> packed batch -> decoder without causal mask -> latent attention -> mean -> unit vector.
-Dimensions: B texts, S tokens of a packed batch, T tokens of one text, D model width, H query heads, G key-value
-heads, K head width, F MLP width, R latents, C cross-attention heads. Masks are bool, True = use.
+B texts, S tokens of a packed batch, T tokens of one text, D model width, H query heads, G key-value heads, K head
+width, F MLP width, R latents, C cross-attention heads, W LoRA rank. Masks are bool, True = use.
 
     python nvembed.py nvidia/NV-Embed-v2        embeds the model card's example and prints its 2 x 2 scores
 """
 
 import bisect
-import dataclasses
 import functools
 import itertools
 import json
@@ -16,7 +15,7 @@ import math
 import re
 import sys
 from collections import namedtuple
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +26,17 @@ from huggingface_hub import save_torch_state_dict, snapshot_download
 from tokenizers import Tokenizer
 from torch import nn
 from torch.nn.attention.varlen import varlen_attn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 POOLINGS = ("latent", "mean", "eos", "self")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 FAMILIES = ("mistral", "llama", "qwen2", "bidir_mistral")
-LATENT = ("num_latents_value", "num_cross_heads", "cross_dim_head")
+LATENT = {
+    "num_latents_value": "num_latents",
+    "num_cross_heads": "num_cross_heads",
+    "cross_dim_head": "cross_dim_head",
+}
 DROPPED = re.compile(r"lm_head\.weight$|rotary_emb\.inv_freq$|^latent_attention_model\.")
 
 
@@ -45,6 +49,14 @@ def expect(ok, message):
         raise InputError(message)
 
 
+def attempt(what, function, *args, **kwargs):
+    """function(*args, **kwargs), its failure told as an InputError that begins with `what`."""
+    try:
+        return function(*args, **kwargs)
+    except Exception as error:  # libraries raise many classes here, the bare Exception among them
+        raise InputError(f"{what}: {str(error).strip().splitlines()[-1].strip()}") from None
+
+
 def run(main):
     """Runs a command's main(); an InputError becomes one line on stderr and exit status 2."""
     try:
@@ -52,14 +64,6 @@ def run(main):
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-
-
-def attempt(what, function, *args, **kwargs):
-    """function(*args, **kwargs), its failure told as an InputError that begins with `what`."""
-    try:
-        return function(*args, **kwargs)
-    except Exception as error:  # libraries raise many classes here, the bare Exception among them
-        raise InputError(f"{what}: {str(error).strip().splitlines()[-1].strip()}") from None
 
 
 def read_json(path):
@@ -97,7 +101,7 @@ class Config:
     cross_dim_head: int | None = None  # K of a cross-attention head, default D
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
+        for field in fields(self):
             value = getattr(self, field.name)
             ok = isinstance(value, field.type) or (field.type is float and isinstance(value, int))
             expect(ok, f"field '{field.name}': expected {field.type}, got {value!r}")
@@ -113,24 +117,25 @@ def read_config(folder, **settings):
     raw = read_json(path)
     text, latent = raw.get("text_config", raw), raw.get("latent_attention_config", {})
     expect(isinstance(text, dict) and isinstance(latent, dict), f"{path}: field '*_config': expected objects")
-    qwen, act = text.get("model_type") == "qwen2", text.get("hidden_act", "silu")
-    family, biased = text.get("model_type"), text.get("attention_bias") or text.get("mlp_bias")
-    expect(family in FAMILIES, f"{path}: field 'model_type': expected one of {FAMILIES}, got {family!r}")
-    expect(act == "silu", f"{path}: field 'hidden_act': expected silu, got {act!r}")
-    expect(qwen or not biased, f"{path}: field 'attention_bias': expected false, got {biased!r}")
-    names = {field.name for field in dataclasses.fields(Config)}
-    found = {"qkv_bias": qwen} | {k: v for k, v in text.items() if k in names and v is not None}
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}  # transformers 5 / before
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    expect(kind in ("default", "llama3"), f"{path}: field 'rope_scaling': expected llama3, got {kind!r}")
+    kind, qwen = rope.get("rope_type", rope.get("type", "default")), text.get("model_type") == "qwen2"
+    biased = text.get("attention_bias") or text.get("mlp_bias") or False
+    for field, value, known in (
+        ("model_type", text.get("model_type"), FAMILIES),
+        ("hidden_act", text.get("hidden_act", "silu"), ("silu",)),
+        ("attention_bias", biased and not qwen, (False,)),
+        ("rope_scaling", kind, ("default", "llama3")),
+    ):
+        expect(value in known, f"{path}: field '{field}': expected one of {known}, got {value!r}")
+    names = {field.name for field in fields(Config)}
+    found = {"qkv_bias": qwen} | {k: v for k, v in text.items() if k in names and v is not None}
     found["rope_scaling"] = rope if kind == "llama3" else None
-    if "rope_theta" in rope:
-        found["rope_theta"] = rope["rope_theta"]
+    found |= {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
     if qwen and not text.get("use_sliding_window"):
         found["sliding_window"] = None
     if isinstance(found.get("eos_token_id"), list):  # Llama-3 lists several, the document's end first
         found["eos_token_id"] = found["eos_token_id"][0]
-    found |= {"num_latents" if k == "num_latents_value" else k: latent[k] for k in LATENT if k in latent}
+    found |= {ours: latent[theirs] for theirs, ours in LATENT.items() if theirs in latent}
     if "text_config" in raw:
         found["mask_instruction"] = raw.get("is_mask_instruction", True)
     elif pooling.exists():  # e5-mistral-7b-instruct and its like say here how a causal decoder is pooled
@@ -140,31 +145,25 @@ def read_config(folder, **settings):
 
 
 class Linear(nn.Linear):
-    """Computes in the input's dtype, whatever the weights are stored in: trained weights stay fp32."""
+    """W x + b in the input's dtype, whatever the weights are stored in: trained weights stay fp32. With an adapter
+    (LoRA, Hu et al. 2021) W x + (alpha / W) B A dropped: A (W, in) and B (out, W) are trained; `dropped` is x after
+    dropout, drawn once for the projections that read the same x."""
+
+    def adapt(self, rank, alpha):
+        self.lora_scale, device = alpha / rank, self.weight.device
+        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x, dropped=None):
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-
-
-class LoRALinear(Linear):
-    """W x + (alpha / rank) B A dropped: W frozen, A (rank, in) and B (out, rank) trained (Hu et al. 2021). `dropped`
-    is x after dropout, drawn once for the projections that read the same x."""
-
-    def __init__(self, linear, rank, alpha):
-        nn.Module.__init__(self)
-        self.weight, self.bias, self.scale = linear.weight, linear.bias, alpha / rank
-        self.out_features, self.in_features = linear.weight.shape
-        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, device=linear.weight.device))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=linear.weight.device))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        self.train(linear.training)
-
-    def forward(self, x, dropped):
-        low = F.linear(dropped, (self.scale * self.lora_A).to(x.dtype))
-        return super().forward(x) + F.linear(low, self.lora_B.to(x.dtype))
+        out = F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        if not hasattr(self, "lora_A"):
+            return out
+        low = F.linear(dropped, (self.lora_scale * self.lora_A).to(x.dtype))
+        return out + F.linear(low, self.lora_B.to(x.dtype))
 
     def merged(self):
-        return self.weight.float() + self.scale * (self.lora_B @ self.lora_A)
+        return self.weight.float() + self.lora_scale * (self.lora_B @ self.lora_A)
 
 
 def dropout(x, p):
@@ -207,14 +206,12 @@ def attend(q, k, v, lengths, causal, window=None):
     out, sizes = [], [size for _, size in runs]  # sorted batches make runs of equal length long
     for (length, _), *qkv in zip(runs, q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
         q_, k_, v_ = (t.unflatten(0, (-1, length)).transpose(1, 2) for t in qkv)  # (n, H or G, T, K)
-        mask = None
-        if causal:
-            mask = torch.ones(length, length, dtype=torch.bool, device=q.device)
-            mask = mask.tril().triu(1 - (window or length))
+        mask = torch.ones(length, length, dtype=torch.bool, device=q.device) if causal else None
+        mask = mask.tril().triu(1 - (window or length)) if causal else None
         if explicit and length <= 1024:  # SDPA's bf16 backward is 5 times as slow on CPUs as these products
             k_, v_ = k_[:, :, None], v_[:, :, None]
             scores = q_.unflatten(1, (k_.shape[1], -1)) @ k_.mT * q_.shape[-1] ** -0.5  # (n, G, H / G, T, T)
-            scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+            scores = scores.masked_fill(~mask, -torch.inf) if causal else scores
             one = (scores.softmax(dim=-1) @ v_).flatten(1, 2)
         else:
             one = F.scaled_dot_product_attention(q_, k_, v_, mask, enable_gqa=True)
@@ -223,7 +220,8 @@ def attend(q, k, v, lengths, causal, window=None):
 
 
 def rope(c, lengths, device, dtype):
-    """cos and sin of rotary position embedding for packed texts, each (S, 1, K), with Llama-3's scaling."""
+    """cos and sin of rotary position embedding for packed texts, each (S, 1, K), with Llama-3's scaling. The first
+    half of sin is negated, for `rotate`."""
     freq = c.rope_theta ** -(torch.arange(0, c.head_dim, 2, device=device, dtype=torch.float32) / c.head_dim)
     if s := c.rope_scaling:  # short wavelengths stay, long ones are stretched by `factor`, smoothly between
         turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)
@@ -236,17 +234,19 @@ def rope(c, lengths, device, dtype):
 
 
 def rotate(x, cos, sin):
-    """Rotate-half RoPE, the layout of the Hugging Face weights. x (S, H, K); the first half of sin is negated."""
+    """Rotate-half RoPE, the layout of the Hugging Face weights: x (S, H, K) -> (S, H, K)."""
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
 class Block(nn.Module):
-    """One transformer block: x (S, D) -> (S, D)."""
+    """One transformer block: x (S, D) -> (S, D). With `recompute` its backward pass computes it again from x alone."""
+
+    lora_dropout, recompute = 0.0, False
 
     def __init__(self, c):
         super().__init__()
         d, q, kv = c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        self.c, self.lora_dropout, widths = c, 0.0, {"q_proj": q, "k_proj": kv, "v_proj": kv}
+        self.c, widths = c, {"q_proj": q, "k_proj": kv, "v_proj": kv}
         self.input_layernorm = RMSNorm(d, c.rms_norm_eps)
         self.self_attn = nn.ModuleDict({name: Linear(d, width, c.qkv_bias) for name, width in widths.items()})
         self.self_attn["o_proj"] = Linear(q, d, bias=False)
@@ -254,12 +254,17 @@ class Block(nn.Module):
         self.mlp = nn.ModuleDict({n: Linear(d, c.intermediate_size, False) for n in ("gate_proj", "up_proj")})
         self.mlp["down_proj"] = Linear(c.intermediate_size, d, bias=False)
 
-    def forward(self, x, cos, sin, lengths):
+    def drop(self, x):
+        return dropout(x, self.lora_dropout) if self.training and self.lora_dropout else x
+
+    def forward(self, *args):
+        again = self.recompute and self.training
+        return checkpoint(self.body, *args, use_reentrant=False) if again else self.body(*args)
+
+    def body(self, x, cos, sin, lengths):
         attention, mlp, h = self.self_attn, self.mlp, self.input_layernorm(x)
         dropped = self.drop(h)
-        q, k, v = (
-            attention[name](h, dropped).unflatten(-1, (-1, self.c.head_dim)) for name in PROJECTIONS[:3]
-        )
+        q, k, v = (attention[n](h, dropped).unflatten(-1, (-1, self.c.head_dim)) for n in PROJECTIONS[:3])
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         out = attend(q, k, v, lengths, self.c.causal, self.c.sliding_window).flatten(1)
         x = x + attention.o_proj(out, self.drop(out))
@@ -268,23 +273,18 @@ class Block(nn.Module):
         h = F.silu(mlp.gate_proj(h, dropped)) * mlp.up_proj(h, dropped)
         return x + mlp.down_proj(h, self.drop(h))
 
-    def drop(self, x):
-        return dropout(x, self.lora_dropout) if self.training and self.lora_dropout else x
-
 
 class Decoder(nn.Module):
     """Mistral / Llama / Qwen2 without LM head: ids (S,) of packed texts -> normed states (S, D) in `dtype`."""
 
     def __init__(self, c):
         super().__init__()
-        self.c = c
-        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.c, self.embed_tokens = c, nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
     def forward(self, ids, lengths, dtype):
-        x = self.embed_tokens(ids).to(dtype)
-        cos, sin = rope(self.c, lengths, ids.device, dtype)
+        x, (cos, sin) = self.embed_tokens(ids).to(dtype), rope(self.c, lengths, ids.device, dtype)
         for layer in self.layers:
             x = layer(x, cos, sin, lengths)
         return self.norm(x)
@@ -329,14 +329,12 @@ class LatentAttention(nn.Module):
 
     def folded(self, dtype):
         """In training anew, with gradient; else made once in fp32 and kept until a weight changes."""
-        if self.training:
-            return self.fold(dtype)
         weights = (self.latents, *self.cross_attend_blocks[0].parameters())
         state = (dtype, *((w.data_ptr(), w._version) for w in weights))
-        if self.cached[0] != state:
+        if not self.training and self.cached[0] != state:
             with torch.no_grad():
                 self.cached = (state, [t.to(dtype) for t in self.fold(torch.float32)])
-        return self.cached[1]
+        return self.fold(dtype) if self.training else self.cached[1]
 
     def forward(self, h, lengths):
         block, ff = self.cross_attend_blocks
@@ -345,7 +343,7 @@ class LatentAttention(nn.Module):
             a, b = self.folded(h.dtype)
             h = (
                 h + (x @ a).unflatten(-1, (self.heads, -1)).softmax(dim=-1).flatten(1) @ b
-            )  # softmax of (S, C, R)
+            )  # over R of (S, C, R)
         else:
             q = block.fn.to_q(x).unflatten(-1, (self.heads, -1))
             h = h + block.fn.to_out(attend(q, *self.keys_values(h), lengths, causal=False).flatten(1))
@@ -388,37 +386,40 @@ class NVEmbed(nn.Module):
         return self.embedding_model.embed_tokens.weight.device
 
     def forward(self, tokens):
-        lengths = tuple(len(t.ids) for t in tokens)
+        pooling, lengths = self.config.pooling, tuple(len(t.ids) for t in tokens)
         ids = torch.from_numpy(np.concatenate([t.ids for t in tokens])).to(self.device)
         h = self.embedding_model(ids, lengths, self.dtype)  # (S, D)
-        if self.config.pooling in ("latent", "self"):
+        if pooling in ("latent", "self"):
             h = self.latent_attention_model(h, lengths)
-        first = [
-            n - 1 if self.config.pooling == "eos" else t.masked for t, n in zip(tokens, lengths, strict=True)
-        ]
-        h = h.to(torch.promote_types(h.dtype, torch.float32))
-        pooled = [text[i:].mean(dim=0) for i, text in zip(first, h.split(lengths), strict=True)]
+        texts = h.to(torch.promote_types(h.dtype, torch.float32)).split(lengths)
+        first = [n - 1 if pooling == "eos" else t.masked for t, n in zip(tokens, lengths, strict=True)]
+        pooled = [text[i:].mean(dim=0) for i, text in zip(first, texts, strict=True)]
         return F.normalize(torch.stack(pooled), dim=-1)
 
     def tokenize(self, texts, instruction="", max_length=512):
         """list of str -> list of Tokens of at most max_length ids; bos and eos are placed here, by the config.
+        `instruction` is one for all texts or a list of one for each.
 
         Not pooled are bos and every token that starts before the end of the instruction prefix without its trailing
         space. That is the released rule (the prefix's own token count, from position 0) wherever the space merges
         with what follows. A text longer than max_length loses its eos, as released, unless the config keeps it.
         """
-        c, out = self.config, []
-        bare = not instruction.startswith("Instruct:")
-        expect(
-            bare, "instruction: expected the bare task: 'Instruct: ' and 'Query: ' are added by the template"
+        c, out, tasks = (
+            self.config,
+            [],
+            [instruction] * len(texts) if isinstance(instruction, str) else instruction,
         )
-        prefix = f"Instruct: {instruction}\nQuery: " if instruction else ""  # the one template (section 4)
-        bos = [] if c.bos_token_id is None else [c.bos_token_id]
-        room = max_length - 1 if c.keep_eos else max_length
-        encode = (
-            self.tokenizer.encode_batch if prefix else self.tokenizer.encode_batch_fast
-        )  # without offsets
-        for encoding in encode([prefix + text for text in texts], add_special_tokens=False):
+        for task in set(tasks):
+            bare = not task.startswith("Instruct:")
+            expect(bare, "instruction: expected the bare task; 'Instruct: ' and 'Query: ' are added here")
+        bos, room = [c.bos_token_id][: c.bos_token_id is not None], max_length - bool(c.keep_eos)
+        prefixes = [
+            f"Instruct: {task}\nQuery: " if task else "" for task in tasks
+        ]  # the one template (section 4)
+        batch = [prefix + text for prefix, text in zip(prefixes, texts, strict=True)]
+        tokenizer = self.tokenizer  # without offsets it is faster
+        encode = tokenizer.encode_batch if any(prefixes) else tokenizer.encode_batch_fast
+        for prefix, encoding in zip(prefixes, encode(batch, add_special_tokens=False), strict=True):
             ids, masked = ((bos + encoding.ids)[:room] + [c.eos_token_id])[:max_length], 0
             if prefix and c.mask_instruction:
                 masked = len(bos) + bisect.bisect_left(encoding.offsets, (len(prefix) - 1,))
@@ -430,9 +431,8 @@ class NVEmbed(nn.Module):
     def encode(self, texts, instruction="", max_length=512, batch_tokens=16384, progress=False):
         """Embeds B texts, batch_tokens tokens at a time -> np.ndarray (B, D), fp32, unit rows, in order."""
         expect(not isinstance(texts, str), "texts: expected a list of str, got a str")
-        tokens = self.tokenize(texts, instruction, max_length)
+        tokens, training = self.tokenize(texts, instruction, max_length), self.training
         out = np.empty((len(tokens), self.config.hidden_size), dtype=np.float32)
-        training = self.training
         self.eval()
         with tqdm(total=len(tokens), disable=not progress, unit="text", desc="encode") as bar:
             for batch in pack(tokens, batch_tokens):
@@ -445,7 +445,8 @@ class NVEmbed(nn.Module):
     def from_pretrained(cls, path, device="cpu", dtype=torch.float32, **settings):
         """Loads a folder or hub id: a Mistral / Llama / Qwen2 base, NV-Embed-v1 / v2, a model saved here, or a PEFT
         adapter with its base. `settings` override the stored Config. Strict: a tensor that is missing, left over or
-        of another shape is an InputError; what is fresh or dropped by rule is printed."""
+        of another shape is an InputError; what is fresh or dropped by rule is printed. Without a device the weights
+        stay as they are in the file, mapped and not read, for a caller who moves them a block at a time."""
         folder = local_folder(path)
         if Path(folder, "adapter_config.json").exists() and not Path(folder, "config.json").exists():
             base = read_json(Path(folder, "adapter_config.json")).get("base_model_name_or_path")
@@ -462,7 +463,8 @@ class NVEmbed(nn.Module):
         if missing:  # a base model has no pooling layer yet; an untrained one is the same at every load
             with torch.random.fork_rng():
                 torch.manual_seed(0)
-                model.latent_attention_model = LatentAttention(config).to(device, dtype)
+                layer = LatentAttention(config)
+                model.latent_attention_model = layer.to(device, dtype) if device else layer
         if missing or left:
             print(f"{folder}: fresh: {missing[:1] or 'none'}; dropped: {left[:1] or 'none'}", file=sys.stderr)
         return model.eval()
@@ -494,10 +496,8 @@ def read_tokenizer(folder, c):
     tokenizer = attempt(f"{path}: expected a tokenizer", Tokenizer.from_file, str(path))
     size, wanted = tokenizer.get_vocab_size(), {c.bos_token_id, c.eos_token_id} - {None}
     special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-    fits = size <= c.vocab_size and wanted <= special
-    expect(
-        fits, f"{path}: expected <= {c.vocab_size} tokens, special {wanted}; got {size}, special {special}"
-    )
+    need = f"{path}: expected <= {c.vocab_size} tokens, special {wanted}; got {size}, special {special}"
+    expect(size <= c.vocab_size and wanted <= special, need)
     return tokenizer
 
 
@@ -515,7 +515,7 @@ def read_weights(folder, device, dtype):
         for name, tensor in read_tensors(Path(folder, file)).items():
             if not name.startswith(("embedding_model.", "latent_attention_model.")):
                 name = "embedding_model." + name.removeprefix("model.")
-            state[name] = tensor.to(device, dtype)
+            state[name] = tensor.to(device, dtype) if device else tensor
     return state
 
 
@@ -523,15 +523,15 @@ def released_configs(model, path, dtype):
     """The JSON files of the released layout: file name -> content, config.json last: with it all is there."""
     c, name = model.config, str(dtype).removeprefix("torch.")
     text = {"model_type": "bidir_mistral", "architectures": ["MistralModel"], "_name_or_path": str(path)}
-    text |= {"hidden_act": "silu", "tie_word_embeddings": False, "torch_dtype": name} | dataclasses.asdict(c)
+    text |= {"hidden_act": "silu", "tie_word_embeddings": False, "torch_dtype": name} | asdict(c)
     latent = {"model_type": "latent_attention", "hidden_dim": c.hidden_size, "latent_dim": c.hidden_size}
-    latent |= dict(zip(LATENT, (c.num_latents, c.num_cross_heads, c.cross_dim_head), strict=True))
+    latent |= {theirs: getattr(c, ours) for theirs, ours in LATENT.items()} | {"output_normalize": True}
     plain = (c.pooling, c.mask_instruction) == ("latent", True)
     plain = plain and not (c.causal or c.qkv_bias or c.rope_scaling or c.keep_eos)
     config = {"model_type": "nvembed" if plain else "nvembed-x", "architectures": ["NVEmbedModel"]}
     config |= {"hidden_size": c.hidden_size, "torch_dtype": name, "padding_side": "right", "mask_type": "b"}
     config |= {"is_mask_instruction": c.mask_instruction, "add_eos": True, "add_pad_token": True}
-    config |= {"text_config": text, "latent_attention_config": latent | {"output_normalize": True}}
+    config |= {"text_config": text, "latent_attention_config": latent}
     special = {"bos_token": c.bos_token_id, "eos_token": c.eos_token_id, "pad_token": c.eos_token_id}
     special = {key: model.tokenizer.id_to_token(i) for key, i in special.items() if i is not None}
     tokens = special | {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": "bos_token" in special}
@@ -539,40 +539,33 @@ def released_configs(model, path, dtype):
 
 
 def lora_layers(model):
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
 
 
 def add_lora(model, rank=16, alpha=32, dropout=0.1, targets=PROJECTIONS):
-    """Wraps the decoder's layers named in `targets` (rank, alpha: section 5.1; all seven targets: assumed)."""
+    """Adapts the decoder's layers named in `targets` (rank, alpha: section 5.1; all seven targets: assumed)."""
     expect(
         not lora_layers(model),
         "add_lora: the model has an adapter already: merge it by save_pretrained first",
     )
     for layer in model.embedding_model.layers:
         layer.lora_dropout = dropout
-    for module in list(model.embedding_model.modules()):
-        for name, child in list(module.named_children()):
-            if name in targets:
-                setattr(module, name, LoRALinear(child, rank, alpha))
+    for name, module in model.embedding_model.named_modules():
+        if isinstance(module, Linear) and name.rpartition(".")[2] in targets:
+            module.adapt(rank, alpha)
 
 
 def save_adapter(model, path, base):
     """Writes the adapters in PEFT's format for AutoModel; pooling is not PEFT's and stays in our folder."""
-    path, layers = Path(path), lora_layers(model)
+    path, layers, block = Path(path), lora_layers(model), model.embedding_model.layers[0]
     path.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items() if ".lora_" in name}
     state = {f"base_model.model.{n.removeprefix('embedding_model.')}.weight": t for n, t in state.items()}
     safetensors.torch.save_file(state, path / "adapter_model.safetensors", metadata={"format": "pt"})
-    layer = next(iter(layers.values()))
-    rank, targets = len(layer.lora_A), sorted({name.split(".")[-1] for name in layers})
+    layer, targets = next(iter(layers.values())), sorted({name.split(".")[-1] for name in layers})
     config = {"peft_type": "LORA", "task_type": "FEATURE_EXTRACTION", "base_model_name_or_path": str(base)}
-    config |= {
-        "r": rank,
-        "lora_alpha": layer.scale * rank,
-        "lora_dropout": model.embedding_model.layers[0].lora_dropout,
-        "bias": "none",
-    }
-    config |= {"target_modules": targets, "inference_mode": True}
+    config |= {"r": len(layer.lora_A), "lora_alpha": layer.lora_scale * len(layer.lora_A), "bias": "none"}
+    config |= {"lora_dropout": block.lora_dropout, "target_modules": targets, "inference_mode": True}
     (path / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -583,11 +576,8 @@ def load_adapter(model, folder):
     settings = [config.get(name) for name in ("r", "lora_alpha", "lora_dropout", "target_modules")]
     other = [name for name in config if config[name] and re.search("use_|_pattern|modules_to_save", name)]
     plain = config.get("peft_type") == "LORA" and config.get("bias", "none") == "none" and not other
-    plain = plain and None not in settings
-    expect(
-        plain,
-        f"{source}: expected LoRA with r, lora_alpha, lora_dropout, target_modules; got {other or config}",
-    )
+    need = "expected LoRA with r, lora_alpha, lora_dropout, target_modules"
+    expect(plain and None not in settings, f"{source}: {need}; got {other or config}")
     add_lora(model, *settings)
     state = read_tensors(path).items()
     state = {re.sub(r"^.*?(layers\..*)\.weight$", r"embedding_model.\1", name): t for name, t in state}

@@ -1,18 +1,19 @@
-"""How NV-Embed learns: rows, blended batches, InfoNCE, LoRA, cached gradients, checkpoints (paper, sections 3 and 5).
+"""How NV-Embed learns: rows, batches, InfoNCE, LoRA, cached gradients, FSDP2, checkpoints (paper, sections 3 and 5).
 
     torchrun train.py --stage 1                                    retrieval, in-batch negatives on -> runs/stage1
     torchrun train.py --stage 2                                    all tasks blended, in-batch off  -> runs/stage2
     torchrun train.py --data my.jsonl --init nvidia/NV-Embed-v2    own rows                         -> runs/my
+    torchrun --nproc-per-node 8 train.py --stage 1                 the same step on 8 ranks, weights sharded
 
-Run the same command again to go on where it was stopped. Dimensions: B rows a step, N hard negatives a row, M = B (1 + N)
-documents, P positives a query has, D width.
+Run the same command again to go on where it was stopped. Dimensions: B rows a step, b of them this rank's, N hard
+negatives a row, M = B (1 + N) documents, P positives a query has, D width.
 """
 
 import argparse
 import ctypes
-import dataclasses
 import functools
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -24,14 +25,17 @@ import subprocess
 import sys
 import time
 from collections import defaultdict, namedtuple
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import safetensors
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 import nvembed
 from data.prepare import read_recipe, read_rows, resolve
@@ -58,29 +62,78 @@ class Settings:
     temperature: float = 0.02
     max_length: int = 512  # tokens of a text
     micro_tokens: int = 16384  # tokens of a micro-batch: what memory holds, no effect on the result
-    lora_rank: int = 16
+    lora_rank: int = 16  # 0: full fine-tuning
     lora_alpha: float = 32
     lora_dropout: float = 0.1
     pooling: str = "latent"
     causal: bool = False
     dtype: str = "auto"  # of the frozen base and the arithmetic; trained weights are always fp32
     export_dtype: str = "bfloat16"
+    recompute: bool = False  # activation checkpointing: a block keeps its input only
+    compile: bool = False  # torch.compile of the blocks around attention; eager where there is no compiler
+    shard_ranks: int = 0  # ranks that share one copy of the weights, for instance a node's; 0: all
     held_out: int = 64  # rows of each set kept from training for the held-out loss
     eval_every: int = 100
     save_every: int = 50
     seed: int = 0
 
 
+# ---- ranks
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def tell(*args):
+    if rank() == 0:
+        print(*args, flush=True)
+
+
+def reduced(values, device, op=dist.ReduceOp.SUM):
+    """list of numbers -> the list reduced over the ranks; the same on all of them."""
+    values = torch.tensor(values, dtype=torch.float64, device=device)
+    if world() > 1:
+        dist.all_reduce(values, op)
+    return values.tolist()
+
+
+class Gather(torch.autograd.Function):
+    """x (b, ...) of every rank -> (ranks x b, ...) on all. The gradient of a rank's x is its part of the gradients
+    of all ranks, summed: with parameter gradients averaged over ranks that is the whole batch's gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        out = x.new_empty(world() * len(x), *x.shape[1:])
+        dist.all_gather_single(out, x.contiguous())
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        return grad.chunk(world())[rank()]
+
+
+def join():
+    """Joins torchrun's ranks, if there are several -> device of this one."""
+    cuda, ranks = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if ranks > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo")
+    return device
+
+
 # ---- rows
 
-
-@dataclass
-class Dataset:
-    name: str
-    instruction: str
-    symmetric: bool  # the instruction goes on documents too (STS, clustering)
-    rows: list
-    held_out: list
+# symmetric: the instruction goes on documents too (STS, clustering)
+Dataset = namedtuple("Dataset", "name instruction symmetric rows held_out")
 
 
 def read_datasets(entries, stage, s, mined=None):
@@ -88,30 +141,24 @@ def read_datasets(entries, stage, s, mined=None):
     expect(s.short in ("pad", "fail"), f"short: expected pad or fail, got {s.short!r}")
     expect(not mined or Path(mined).is_dir(), f"--mined {mined}: no such folder")
     datasets = []
-    for entry in entries:
-        if stage not in entry["stages"]:
-            continue
+    for entry in (entry for entry in entries if stage in entry["stages"]):
         path = Path(entry["file"])
         if mined and Path(mined, path.name).exists():
             path = Path(mined, path.name)
         rows = read_rows(path)
-        for line, row in enumerate(rows, 1):
-            few = s.short == "fail" and len(row["neg"]) < s.negatives
-            expect(
-                not few, f"{path}:{line}: field 'neg': expected {s.negatives} texts, got {len(row['neg'])}"
-            )
-        order = np.random.default_rng(s.seed).permutation(len(rows))
-        cut = min(s.held_out, len(rows) // 10)
-        held_out, kept = order[:cut], order[cut:][: entry.get("samples")]
-        kept, held_out = [rows[i] for i in kept], [rows[i] for i in held_out]
-        datasets.append(
-            Dataset(entry["name"], entry["instruction"], entry.get("symmetric", False), kept, held_out)
-        )
-        print(f"{entry['name']}: {len(kept)} rows of {path}, {cut} held out")
-    rows = sum(len(dataset.rows) for dataset in datasets)
-    fits = not datasets or 1 <= s.batch <= rows
-    expect(fits, f"batch: expected at most {rows}, the rows there are, and at least 1, got {s.batch}")
+        for line, found in enumerate((len(row["neg"]) for row in rows), 1):
+            enough = s.short == "pad" or found >= s.negatives
+            expect(enough, f"{path}:{line}: field 'neg': expected {s.negatives} texts, got {found}")
+        order, cut = np.random.default_rng(s.seed).permutation(len(rows)), min(s.held_out, len(rows) // 10)
+        kept, held = order[cut:][: entry.get("samples")], order[:cut]
+        kept, held = ([rows[i] for i in part] for part in (kept, held))
+        symmetric = entry.get("symmetric", False)
+        datasets.append(Dataset(entry["name"], entry["instruction"], symmetric, kept, held))
+        tell(f"{entry['name']}: {len(kept)} rows of {path}, {cut} held out")
     expect(datasets, f"recipe: expected a data set of stage {stage}, got none")
+    rows = sum(len(dataset.rows) for dataset in datasets)
+    expect(1 <= s.batch <= rows, f"batch: expected at most {rows}, the rows there are, got {s.batch}")
+    expect(s.batch % world() == 0, f"batch: expected a multiple of the {world()} ranks, got {s.batch}")
     return datasets
 
 
@@ -123,9 +170,7 @@ def epoch_order(sizes, batch, batching, seed, epoch):
     if batching == "blended":
         return rng.permutation(starts[-1])
     expect(batching == "task", f"batching: expected blended or task, got {batching!r}")
-    expect(
-        max(sizes) >= batch, f"batch: expected at most {max(sizes)}, the rows of the largest set, got {batch}"
-    )
+    expect(max(sizes) >= batch, f"batch: expected at most {max(sizes)}, the largest set's rows, got {batch}")
     shuffled = [start + rng.permutation(size) for start, size in zip(starts, sizes, strict=False)]
     batches = [rows[i : i + batch] for rows in shuffled for i in range(0, len(rows) - batch + 1, batch)]
     return np.concatenate([batches[i] for i in rng.permutation(len(batches))])
@@ -149,153 +194,164 @@ def text_id(text):
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
-# B rows: Tokens of the B queries, then of the documents that are valid, in row order; valid (B, 1 + N) bool, column 0 the
-# positive, False pads a short list of negatives; document_ids (B, 1 + N) and positive_ids (B, P), all known positives of
-# the query padded with the first, are `text_id`s.
+def known_positives(datasets):
+    """query -> set of text_ids of every positive that any row gives it: none of them is ever a negative."""
+    positives = defaultdict(set)
+    for row in (row for dataset in datasets for row in dataset.rows + dataset.held_out):
+        positives[row["query"]] |= {text_id(text) for text in row["pos"]}
+    return positives
+
+
+# tokens: Tokens of this rank's b queries, then of their valid documents, in row order. Of all B rows: valid (B, 1 + N)
+# bool, column 0 the positive, False pads a short list of negatives; document_ids (B, 1 + N) and positive_ids (B, P),
+# all known positives of the query padded with the first, are `text_id`s.
 Batch = namedtuple("Batch", "tokens valid document_ids positive_ids")
 
 
 def make_batch(model, rows, s, positives):
-    """rows: list of (Dataset, row, rng) -> Batch. A row's positive, and its negatives beyond N, are drawn with its rng."""
+    """rows: all B as (Dataset, row, rng) -> Batch. A row's positive, and its negatives beyond N, are drawn by its rng."""
     queries, documents, valid, ids, known = [], [], [], [], []
     for dataset, row, rng in rows:
         positive = row["pos"][rng.integers(len(row["pos"]))]
         order = range(len(row["neg"])) if len(row["neg"]) <= s.negatives else rng.permutation(len(row["neg"]))
         texts = [positive] + [row["neg"][i] for i in order[: s.negatives]]
-        instruction = row.get("prompt", dataset.instruction)
+        instruction, padding = row.get("prompt", dataset.instruction), 1 + s.negatives - len(texts)
         queries.append((instruction, row["query"]))
-        documents += [(instruction if dataset.symmetric else "", text) for text in texts]
-        padding = 1 + s.negatives - len(texts)
+        documents.append([(instruction if dataset.symmetric else "", text) for text in texts])
         valid.append([True] * len(texts) + [False] * padding)
         ids.append([text_id(text) for text in texts] + [0] * padding)
         known.append(sorted(positives[row["query"]]))
     width = max(map(len, known))
     known = [row + row[:1] * (width - len(row)) for row in known]
-    tokens = tokenize(model, queries + documents, s.max_length)
+    own = slice(rank() * len(rows) // world(), (rank() + 1) * len(rows) // world())
+    tasks, texts = zip(*queries[own], *(pair for pairs in documents[own] for pair in pairs), strict=True)
+    tokens = model.tokenize(texts, tasks, s.max_length)
     return Batch(tokens, torch.tensor(valid), torch.tensor(ids), torch.tensor(known))
-
-
-def tokenize(model, texts, max_length):
-    """list of (instruction, text) -> list of Tokens, in order."""
-    groups = defaultdict(list)
-    for i, (instruction, _) in enumerate(texts):
-        groups[instruction].append(i)
-    tokens = [None] * len(texts)
-    for instruction, members in groups.items():
-        found = model.tokenize([texts[i][1] for i in members], instruction, max_length)
-        for i, one in zip(members, found, strict=True):
-            tokens[i] = one
-    return tokens
-
-
-def known_positives(datasets):
-    """query -> set of text_ids of every positive that any row gives it: none of them is ever a negative."""
-    positives = defaultdict(set)
-    for dataset in datasets:
-        for row in dataset.rows + dataset.held_out:
-            positives[row["query"]] |= {text_id(text) for text in row["pos"]}
-    return positives
 
 
 # ---- loss
 
 
 def info_nce(q_BD, d_BND, batch, temperature, in_batch):
-    """InfoNCE (section 3.1) of B queries against M = B (1 + N) documents, unit vectors; -> (loss, accuracy), scalars.
+    """InfoNCE (section 3.1) of this rank's b queries against all M = B (1 + N) documents, unit vectors
+    -> (loss, accuracy), scalars.
 
-    Row b's target is its column 0. With in_batch its negatives are all other columns of the batch, else its own hard
+    A row's target is its column 0. With in_batch its negatives are all other columns of the batch, else its own hard
     negatives. A column whose text is a known positive of the query is never a negative, nor is padding.
     """
-    b, n = batch.valid.shape
-    scores = q_BD @ d_BND.flatten(0, 1).T / temperature  # (B, M)
-    row = torch.arange(b, device=q_BD.device)
-    target = row * n
-    known = (batch.document_ids.flatten()[None, :, None] == batch.positive_ids[:, None, :]).any(-1)  # (B, M)
-    use = batch.valid.flatten()[None] & ~known.to(scores.device)
+    b, n = len(q_BD), d_BND.shape[1]
+    scores = q_BD @ d_BND.flatten(0, 1).T / temperature  # (b, M)
+    row = torch.arange(rank() * b, (rank() + 1) * b)  # of the batch
+    ids, positive_ids = batch.document_ids.flatten()[None, :, None], batch.positive_ids[row, None, :]
+    use = batch.valid.flatten()[None] & ~(ids == positive_ids).any(-1)  # (b, M)
     if not in_batch:
-        use = use & (row[:, None] == row.repeat_interleave(n)[None])
-    use[row, target] = True
-    scores = scores.masked_fill(~use, -torch.inf)
+        use &= row[:, None] == torch.arange(len(batch.valid)).repeat_interleave(n)[None]
+    use[row - rank() * b, row * n] = True
+    scores, target = scores.masked_fill(~use.to(scores.device), -torch.inf), (row * n).to(scores.device)
     return F.cross_entropy(scores, target), (scores.argmax(dim=1) == target).float().mean()
 
 
 def batch_loss(embeddings, batch, s):
-    """embeddings (number of tokens lists, D) in the order of batch.tokens -> (loss, accuracy)."""
-    b, n = batch.valid.shape
-    d_BND = embeddings.new_zeros(b, n, embeddings.shape[1])
-    d_BND[batch.valid.to(embeddings.device)] = embeddings[b:]
-    return info_nce(embeddings[:b], d_BND, batch, s.temperature, s.in_batch)
+    """embeddings of batch.tokens, in their order (number of texts, D) -> (loss, accuracy) of this rank's rows."""
+    valid = batch.valid.chunk(world())[rank()].to(embeddings.device)
+    d_bND = embeddings.new_zeros(*valid.shape, embeddings.shape[1])
+    d_bND[valid] = embeddings[len(valid) :]
+    d_BND = Gather.apply(d_bND) if world() > 1 else d_bND
+    return info_nce(embeddings[: len(valid)], d_BND, batch, s.temperature, s.in_batch)
 
 
-def backward(model, tokens, loss_of, micro_tokens, cached=True):
-    """Accumulates the gradient of loss_of(embeddings (B, D)) -> (loss, ...) and returns what loss_of returned.
+def reseed(*key):
+    """Dropout is a function of (seed, step, rank, micro-batch): the cache replays it, a resume needs no state of it."""
+    torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
+
+
+def micro_batches(model, tokens, micro_tokens):
+    """Indices into tokens, a list a micro-batch; as many on every rank, since shards are gathered in step: a rank that
+    has fewer embeds its last text again, to no effect."""
+    parts = pack(tokens, micro_tokens)
+    (most,) = reduced([len(parts)], model.device, dist.ReduceOp.MAX)
+    return parts + [parts[-1][-1:]] * (int(most) - len(parts))
+
+
+def embed(model, tokens, parts, key):
+    """The texts' embeddings (number of texts, D) in order, by micro-batches."""
+    found = []
+    for i, part in enumerate(parts):
+        reseed(*key, i)
+        found.append(model([tokens[j] for j in part]))
+    order = torch.tensor([i for part in parts for i in part][: len(tokens)], device=model.device)
+    return torch.cat(found)[: len(tokens)][order.argsort()]
+
+
+def backward(model, tokens, loss_of, micro_tokens, key=(0,), cached=True):
+    """Accumulates the gradient of loss_of(embeddings (number of texts, D)) -> (loss, ...); returns what loss_of did.
 
     Cached gradients (GradCache, Gao et al. 2021): embed all micro-batches without graph, take the loss's gradient at the
-    embeddings, then run each micro-batch again with graph. The random state is replayed, so dropout is the same in both
-    runs. Peak memory is one micro-batch's; a batch that is a single micro-batch needs no cache.
+    embeddings, then run each micro-batch again with graph and the same dropout. Peak memory is one micro-batch's; a
+    batch that is a single micro-batch needs no cache.
     """
-    parts = pack(tokens, micro_tokens)
-    order = torch.tensor([i for part in parts for i in part], device=model.device)
-    if len(parts) == 1 or not cached:
-        embeddings = torch.cat([model([tokens[i] for i in part]) for part in parts])
-        out = loss_of(embeddings[order.argsort()])
-        out[0].backward()
-        return out
-    states, embeddings = [], []
-    with torch.no_grad():
-        for part in parts:
-            states.append(random_state())
-            embeddings.append(model([tokens[i] for i in part]))
-    embeddings = torch.cat(embeddings)[order.argsort()].requires_grad_()
-    out = loss_of(embeddings)
+    parts, done = micro_batches(model, tokens, micro_tokens), 0
+    cached = cached and len(parts) > 1
+    with torch.set_grad_enabled(not cached):
+        embeddings = embed(model, tokens, parts, key)
+    out = loss_of(embeddings.requires_grad_() if cached else embeddings)
     out[0].backward()
-    for part, state in zip(parts, states, strict=True):
-        set_random_state(state)
-        model([tokens[i] for i in part]).backward(embeddings.grad[part])
+    for i, part in enumerate(parts if cached else ()):
+        reseed(*key, i)
+        model([tokens[j] for j in part]).backward(embeddings.grad[part] * (done < len(tokens)))
+        done += len(part)
     return out
-
-
-def random_state():
-    state = {"cpu": torch.get_rng_state()}
-    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
-
-
-def set_random_state(state):
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"])
 
 
 # ---- model and optimizer
 
 
-def build(init, s, device):
+def make_mesh(device, s):
+    """All ranks share one copy of the weights, or each group of shard_ranks has one (hybrid sharding)."""
+    group = s.shard_ranks or world()
+    expect(world() % group == 0, f"shard_ranks: expected a divisor of the {world()} ranks, got {group}")
+    shape, names = (
+        ((group,), ("shard",)) if group == world() else ((world() // group, group), ("copy", "shard"))
+    )
+    return dist.init_device_mesh(device.type, shape, mesh_dim_names=names)
+
+
+def build(init, s, device, sharded=True):
     """Model to train from a base, a released model or a run of ours -> (model, name of its base).
 
-    The base is frozen in the compute dtype; LoRA and pooling are trained in fp32. A run goes on with its own adapters and
-    pooling, unmerged.
+    Frozen weights are in the compute dtype, trained ones (LoRA or everything, and pooling) in fp32. A run goes on with its
+    own adapters and pooling, unmerged. The base's file is mapped, not read: a rank moves a block at a time to its device
+    and keeps its shard.
     """
-    latest = Path(str(init), "latest")
+    latest, device = Path(str(init), "latest"), torch.device(device)
     base = read_json(checkpoint(init) / "state.json")["base"] if latest.exists() else str(init)
     dtypes = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
     dtypes["auto"] = nvembed.fast_dtype(device)
-    for name in ("dtype", "export_dtype"):
-        value = getattr(s, name)
+    for name, value in (("dtype", s.dtype), ("export_dtype", s.export_dtype)):
         expect(value in dtypes, f"{name}: expected one of {list(dtypes)}, got {value!r}")
-    expect(s.lora_rank > 0, f"lora_rank: expected at least 1, got {s.lora_rank}")
+    expect(s.lora_rank >= 0, f"lora_rank: expected 0 or more, got {s.lora_rank}")
     room = f"micro_tokens: expected at least max_length, {s.max_length}, got {s.micro_tokens}"
     expect(s.micro_tokens >= s.max_length, room)
     torch.manual_seed(s.seed)
-    model = NVEmbed.from_pretrained(
-        resolve(base), device, dtypes[s.dtype], causal=s.causal, pooling=s.pooling
+    how = {"causal": s.causal, "pooling": s.pooling}
+    model = NVEmbed.from_pretrained(resolve(base), None, dtypes[s.dtype], **how).requires_grad_(
+        not s.lora_rank
     )
-    nvembed.add_lora(model.requires_grad_(False), s.lora_rank, s.lora_alpha, s.lora_dropout)
-    if s.pooling in ("latent", "self"):
-        model.latent_attention_model.float().requires_grad_(True)
-    for layer in nvembed.lora_layers(model).values():
-        layer.requires_grad_(False)
-        layer.lora_A.requires_grad_(True)
-        layer.lora_B.requires_grad_(True)
+    if s.lora_rank:
+        nvembed.add_lora(model, s.lora_rank, s.lora_alpha, s.lora_dropout)
+    blocks, pooling = model.embedding_model.layers, getattr(model, "latent_attention_model", None)
+    for block in blocks:
+        block.recompute = s.recompute
+        if s.compile:  # eager where it fails, for instance without a compiler
+            torch._dynamo.config.suppress_errors = True
+            block.compile(dynamic=True)
+    mesh = make_mesh(device, s) if sharded and world() > 1 else None
+    for module in [*blocks, *([pooling.requires_grad_(True)] if pooling else []), model]:
+        for p in module.parameters():
+            if not isinstance(p, DTensor):
+                p.data = p.data.to(device, torch.float32 if p.requires_grad else dtypes[s.dtype])
+        if mesh:
+            fully_shard(module, mesh=mesh)
     if latest.exists():
         load_tensors(trained(model), checkpoint(init) / "trained.safetensors")
     return model, base
@@ -322,15 +378,17 @@ def last_good(run):
     return checkpoint(run) if Path(run, "latest").exists() else "none"
 
 
+@torch.no_grad()
 def load_tensors(tensors, path):
     """Copies a safetensors file into tensors of the same names and shapes; anything else is an InputError."""
     state = nvembed.read_tensors(path)
     for name in tensors.keys() | state.keys():
         fits = name in state and name in tensors and state[name].shape == tensors[name].shape
-        expect(
-            fits, f"{path}: tensor '{name}': missing, unknown or of another shape; were the settings changed?"
-        )
-        tensors[name].data.copy_(state[name])
+        expect(fits, f"{path}: tensor '{name}': missing or of another shape; were the settings changed?")
+        p, value = tensors[name], state[name]
+        if isinstance(p, DTensor):  # each rank takes its shard
+            value = distribute_tensor(value.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+        p.copy_(value)
 
 
 def optimizer_tensors(model, optimizer):
@@ -346,19 +404,23 @@ def optimizer_tensors(model, optimizer):
 
 
 def save_checkpoint(run, step, model, optimizer, state):
-    """Writes run/step_N under a temporary name, fsyncs, renames; then `latest`; then removes the older ones. At every
-    moment `latest` names a whole checkpoint. Nothing is pickled."""
+    """Rank 0 writes run/step_N under a temporary name, fsyncs, renames; then `latest`; then removes the older ones. At
+    every moment `latest` names a whole checkpoint. Nothing is pickled."""
+    parts = {"trained": trained(model), "optimizer": optimizer_tensors(model, optimizer)}
+    for tensors in parts.values():
+        for name, tensor in tensors.items():
+            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            tensors[name] = tensor.detach().cpu() if rank() == 0 else None
+    if rank() > 0:
+        return
     folder, temporary = run / f"step_{step:06d}", run / f".step_{step:06d}"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
-        save_file({n: p.detach().cpu() for n, p in trained(model).items()}, temporary / "trained.safetensors")
-        tensors = {name: tensor.cpu() for name, tensor in optimizer_tensors(model, optimizer).items()}
-        save_file(tensors, temporary / "optimizer.safetensors")
-        save_file(random_state(), temporary / "random.safetensors")
+        for name, tensors in parts.items():
+            save_file(tensors, temporary / f"{name}.safetensors")
         (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-        for path in (*temporary.iterdir(), temporary):
-            sync(path)
+        sync(*temporary.iterdir(), temporary)
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
         (run / ".latest").write_text(folder.name + "\n")
@@ -373,25 +435,24 @@ def save_checkpoint(run, step, model, optimizer, state):
             shutil.rmtree(old)
 
 
-def sync(path):
-    fd = os.open(path, os.O_RDONLY)
-    os.fsync(fd)
-    os.close(fd)
+def sync(*paths):
+    for path in paths:
+        fd = os.open(path, os.O_RDONLY)
+        os.fsync(fd)
+        os.close(fd)
 
 
-def resume(run, s, model, optimizer, init):
+def resume(run, settings, model, optimizer):
     """Restores the last checkpoint, if there is one -> the number of steps done."""
     if not (run / "latest").exists():
         return 0
     folder = checkpoint(run)
     state = read_json(folder / "state.json")
-    for name, value in (dataclasses.asdict(s) | {"init": str(init)}).items():
-        was = state["settings"].get(name)
-        advice = "; use the same, --restart or another --out"
+    for name, value in settings.items():
+        was, advice = state["settings"].get(name), "; use the same, --restart or another --out"
         expect(was == value, f"{run}: was begun with {name} = {was!r}, now {value!r}{advice}")
     load_tensors(trained(model), folder / "trained.safetensors")
     load_tensors(optimizer_tensors(model, optimizer), folder / "optimizer.safetensors")
-    set_random_state(nvembed.read_tensors(folder / "random.safetensors"))
     return state["step"]
 
 
@@ -399,7 +460,9 @@ def resume(run, s, model, optimizer, init):
 
 
 def open_log(run, head, step):
-    """log.jsonl: first what the run is, then a line a step; a resumed run drops the lines after its checkpoint."""
+    """log.jsonl of rank 0: first what the run is, then a line a step; a resumed run drops what is after its checkpoint."""
+    if rank() > 0:
+        return None
     path = run / "log.jsonl"
     lines = path.read_text().splitlines() if path.exists() and step else [json.dumps(head)]
     marks = tuple(f'{{"step": {n},' for n in range(step + 1))  # a killed run may leave half a line
@@ -409,32 +472,37 @@ def open_log(run, head, step):
 
 
 def write_log(log, record):
-    """One line of log.jsonl, and the same on the screen."""
-    log.write(json.dumps(record) + "\n")
-    print(line(record), flush=True)
+    """One line of log.jsonl, the same on the screen and, if asked for, in tensorboard's file."""
+    file, board = log
+    if file:
+        file.write(json.dumps(record) + "\n")
+    tell(line(record))
+    for name in record if board else ():
+        board.add_scalar(name, record[name], record["step"])
 
 
-def describe(s, base, entries):
+def line(record):
+    """One printed line a step."""
+    shown = {name: value if isinstance(value, int) else f"{value:.4g}" for name, value in record.items()}
+    if "seconds_left" in shown:
+        shown["seconds_left"] = f"{record['seconds_left']:.0f}"
+    return "  ".join(f"{name} {value}" for name, value in shown.items())
+
+
+def describe(s, base, datasets):
     """What a run is: versions, hardware, commit, settings, data."""
-    git = subprocess.run(
-        ["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
+    git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    hardware = {"device": device or platform.machine(), "threads": torch.get_num_threads()}
-    head = {
-        "versions": versions,
-        "hardware": hardware,
-        "commit": git.stdout.strip() or "unknown",
-        "base": base,
-    }
-    return head | {"settings": dataclasses.asdict(s), "datasets": [entry["name"] for entry in entries]}
+    hardware = {"device": device or platform.machine(), "threads": torch.get_num_threads(), "ranks": world()}
+    head = {"versions": versions, "hardware": hardware, "commit": commit or "unknown", "base": base}
+    return head | {"settings": asdict(s), "datasets": [dataset.name for dataset in datasets]}
 
 
 def measured_peak(device, dtype):
     """FLOP/s of a large matrix product, the yardstick of `share of peak`."""
-    x = torch.ones(2048, 2048, device=device, dtype=dtype)
-    best = math.inf
+    x, best = torch.ones(2048, 2048, device=device, dtype=dtype), math.inf
     for _ in range(4):
         start = time.perf_counter()
         (x @ x)[0, 0].item()
@@ -452,64 +520,63 @@ def peak_memory_gib():
 @torch.no_grad()
 def held_out(model, datasets, s, positives):
     """Loss and accuracy on the held-out rows of all sets, in batches of the training size, dropout off."""
-    rows = [
-        (d, row, np.random.default_rng([s.seed, i])) for d in datasets for i, row in enumerate(d.held_out)
-    ]
-    rows = [rows[i] for i in np.random.default_rng(s.seed).permutation(len(rows))]
-    results = []
+    places = [(0, d, i) for d, dataset in enumerate(datasets) for i in range(len(dataset.held_out))]
+    places = [places[i] for i in np.random.default_rng(s.seed).permutation(len(places))]
+    size, results = min(s.batch, len(places) - len(places) % world()), []
     model.eval()
-    for start in range(0, len(rows) - len(rows) % s.batch or len(rows), s.batch):
-        batch = make_batch(model, rows[start : start + s.batch], s, positives)
-        parts = pack(batch.tokens, s.micro_tokens)
-        order = torch.tensor([i for part in parts for i in part]).argsort()
-        embeddings = torch.cat([model([batch.tokens[i] for i in part]) for part in parts])[order]
-        results.append(torch.stack(batch_loss(embeddings, batch, s)))
+    for start in range(0, len(places) - size + 1, size) if size else ():
+        rows = drawn([d.held_out for d in datasets], datasets, places[start : start + size], s)
+        batch = make_batch(model, rows, s, positives)
+        embeddings = embed(model, batch.tokens, micro_batches(model, batch.tokens, s.micro_tokens), (s.seed,))
+        results.append(torch.stack(batch_loss(embeddings, batch, s)).tolist())
     model.train()
-    loss, accuracy = torch.stack(results).mean(dim=0).tolist() if results else (math.nan, math.nan)
-    return {"held_out_loss": loss, "held_out_accuracy": accuracy}
+    loss, accuracy = reduced(np.mean(results, axis=0).tolist() if results else [math.nan] * 2, model.device)
+    return {"held_out_loss": loss / world(), "held_out_accuracy": accuracy / world()}
+
+
+def drawn(rows, datasets, places, s):
+    """Places as `schedule` gives them -> list of (Dataset, row, its own random generator)."""
+    return [(datasets[d], rows[d][i], np.random.default_rng([s.seed, e, d, i])) for e, d, i in places]
 
 
 def train_step(model, optimizer, batch, s, step):
     """One optimizer step -> its log record, without times."""
-    optimizer.param_groups[0]["lr"] = learning_rate(s, step)
-    loss, accuracy = backward(model, batch.tokens, lambda e: batch_loss(e, batch, s), s.micro_tokens)
+    optimizer.param_groups[0]["lr"] = rate = learning_rate(s, step)
+    key = (s.seed, step, rank())
+    out = backward(model, batch.tokens, lambda e: batch_loss(e, batch, s), s.micro_tokens, key)
     norm = torch.nn.utils.clip_grad_norm_(trained(model).values(), s.clip)
-    record = {
-        "step": step + 1,
-        "loss": loss.item(),
-        "accuracy": accuracy.item(),
-        "lr": learning_rate(s, step),
-    }
-    if math.isfinite(record["loss"]) and math.isfinite(norm):
+    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    loss, accuracy = (value / world() for value in reduced([out[0].item(), out[1].item()], model.device))
+    if math.isfinite(loss) and math.isfinite(norm):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return record | {"grad_norm": norm.item()}
+    return {"step": step + 1, "loss": loss, "accuracy": accuracy, "lr": rate, "grad_norm": norm}
 
 
-def train(run, init, entries, stage, s, mined=None):
+def speed(model, batch, s, seconds, peak):
+    """Figures of a step over all ranks. FLOPs a weight and token: forward 2, backward to the inputs 2, the cache's
+    forward 2, backward to the weights 2 if they are trained; attention and embedding are not counted."""
+    (tokens,) = reduced([sum(len(t.ids) for t in batch.tokens)], model.device)
+    weights = sum(p.numel() for p in model.parameters()) - model.embedding_model.embed_tokens.weight.numel()
+    flops = 4 + 2 * (len(pack(batch.tokens, s.micro_tokens)) > 1) + 2 * (s.lora_rank == 0)
+    share = flops * weights * tokens / seconds / peak / world()
+    return {"tokens_per_s": tokens / seconds, "share_of_peak": share, "memory_gib": peak_memory_gib()}
+
+
+def train(run, init, datasets, s, board=None):
     """Trains, resumes or finishes one stage in the folder `run`, which ends up as a loadable model."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if (
-        device == "cpu" and sys.platform == "linux"
-    ):  # else glibc gives memory back each step, and faults cost a third
-        for parameter, value in ((-3, 2**30), (-1, 2**31 - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-            ctypes.CDLL(None).mallopt(parameter, value)
-    datasets = read_datasets(entries, stage, s, mined)
-    positives, sizes = known_positives(datasets), [len(d.rows) for d in datasets]
+    device, settings, stop = join(), asdict(s) | {"init": str(init)}, []
     model, base = build(init, s, device)
     optimizer = torch.optim.AdamW(trained(model).values(), lr=s.lr, weight_decay=s.weight_decay, fused=True)
-    done = resume(run, s, model, optimizer, init)
+    done = resume(run, settings, model, optimizer)
     if done == s.steps and (run / "config.json").exists():
-        print(f"{run}: finished already; --restart trains it anew")
-        return
-    log, stop = open_log(run, describe(s, base, entries), done), []
-    count = sum(p.numel() for p in model.parameters())
-    print(f"{count:,} parameters, {sum(p.numel() for p in trained(model).values()):,} of them trained")
-    print(
-        f"global batch {s.batch} = 1 rank x {s.batch} rows, micro-batches of at most {s.micro_tokens} tokens"
-    )
-    matrices = count - model.embedding_model.embed_tokens.weight.numel()
-    peak = measured_peak(device, model.dtype)
+        return tell(f"{run}: finished already; --restart trains it anew")
+    counts = [sum(p.numel() for p in part) for part in (model.parameters(), trained(model).values())]
+    ranks = f"{world()} rank{'s' * (world() > 1)} x {s.batch // world()} rows"
+    tell("{:,} parameters, {:,} of them trained".format(*counts))
+    tell(f"global batch {s.batch} = {ranks}, micro-batches of at most {s.micro_tokens} tokens")
+    positives, sizes = known_positives(datasets), [len(d.rows) for d in datasets]
+    log, peak = (open_log(run, describe(s, base, datasets), done), board), measured_peak(device, model.dtype)
     for number in (signal.SIGTERM, signal.SIGINT):  # finish the step, save, exit 0
         signal.signal(number, lambda *_: stop.append(True))
     if not done:
@@ -517,53 +584,54 @@ def train(run, init, entries, stage, s, mined=None):
     model.train()
     began = time.perf_counter()
     for step in range(done, s.steps):
-        start, where = time.perf_counter(), schedule(sizes, s, step)
-        rows = [
-            (datasets[d], datasets[d].rows[i], np.random.default_rng([s.seed, e, d, i])) for e, d, i in where
-        ]
-        batch = make_batch(model, rows, s, positives)
+        start, places, last = time.perf_counter(), schedule(sizes, s, step), step + 1 == s.steps
+        batch = make_batch(model, drawn([d.rows for d in datasets], datasets, places, s), s, positives)
         record = train_step(model, optimizer, batch, s, step)
         if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
-            names = ", ".join(f"{datasets[d].name}[{i}]" for _, d, i in where)
+            names = ", ".join(f"{datasets[d].name}[{i}]" for _, d, i in places)
             raise InputError(f"{line(record)}: not finite; rows {names}; last checkpoint: {last_good(run)}")
-        seconds, tokens = time.perf_counter() - start, sum(len(t.ids) for t in batch.tokens)
-        passes = (
-            4 if len(pack(batch.tokens, s.micro_tokens)) == 1 else 6
-        )  # FLOPs a weight and token: forward 2,
-        share = passes * matrices * tokens / seconds / peak  # backward to the inputs 2, the cache's forward 2
+        record |= speed(model, batch, s, time.perf_counter() - start, peak)
         left = (time.perf_counter() - began) / (step + 1 - done) * (s.steps - step - 1)
-        record |= {"tokens_per_s": tokens / seconds, "share_of_peak": share, "memory_gib": peak_memory_gib()}
         record |= {"seconds_left": left}
-        last = step + 1 == s.steps
         if last or (step + 1) % s.eval_every == 0:
             record |= held_out(model, datasets, s, positives)
         write_log(log, record)
-        if last or stop or (step + 1) % s.save_every == 0:
-            state = {"step": step + 1, "base": base, "settings": dataclasses.asdict(s) | {"init": str(init)}}
+        (stopping,) = reduced([len(stop)], device)
+        if last or stopping or (step + 1) % s.save_every == 0:
+            state = {"step": step + 1, "base": base, "settings": settings}
             save_checkpoint(run, step + 1, model, optimizer, state)
-        if stop and not last:
-            print(f"stopped after step {step + 1}; the same command goes on from here")
-            return
-    nvembed.attempt(f"{run}: trained, not exported", export, model, run, base, s, datasets)
+        if stopping and not last:
+            return tell(f"stopped after step {step + 1}; the same command goes on from here")
+    del model, optimizer
+    if rank() == 0:
+        nvembed.attempt(f"{run}: trained, not exported", export, run, s, datasets, device)
 
 
-def line(record):
-    """One printed line a step."""
-    shown = {name: value if isinstance(value, int) else f"{value:.4g}" for name, value in record.items()}
-    if "seconds_left" in shown:
-        shown["seconds_left"] = f"{record['seconds_left']:.0f}"
-    return "  ".join(f"{name} {value}" for name, value in shown.items())
-
-
-def export(model, run, base, s, datasets):
+def export(run, s, datasets, device):
     """Writes the finished run as a model folder and a PEFT adapter; prints the cosine of merged against adapted."""
+    model, base = build(run, s, device, sharded=False)
     texts = [row["pos"][0] for dataset in datasets for row in (dataset.held_out or dataset.rows)[:16]]
-    nvembed.save_adapter(model.eval(), run / "adapter", base)
+    if s.lora_rank:
+        nvembed.save_adapter(model.eval(), run / "adapter", base)
     model.save_pretrained(run, model.dtype if s.export_dtype == "auto" else getattr(torch, s.export_dtype))
     model.dtype = torch.float32  # both in fp32 arithmetic: what is left is the rounding of the merged weights
-    merged = NVEmbed.from_pretrained(run, model.device, torch.float32)
+    merged = NVEmbed.from_pretrained(run, device, torch.float32)
     cosine = (model.encode(texts) * merged.encode(texts)).sum(axis=1)
     print(f"{run}: saved in {s.export_dtype}; cosine of merged against adapted: lowest {cosine.min():.6f}")
+
+
+def read_settings(recipe, path, stage, flags):
+    """Settings of a stage: the defaults, what the recipe says, what the flags say."""
+    kinds, given = (
+        {field.name: field.type for field in fields(Settings)},
+        recipe["stages"].get(str(stage), {}),
+    )
+    for name, value in given.items():
+        expect(name in kinds, f"{path}: stages.{stage}: unknown setting '{name}'")
+        fits = type(value) in ((int, float) if kinds[name] is float else (kinds[name],))
+        expect(fits, f"{path}: stages.{stage}.{name}: expected {kinds[name].__name__}, got {value!r}")
+    flags = {name: value for name, value in flags.items() if name in kinds and value is not None}
+    return Settings(**({"seed": recipe["seed"]} | given | flags))
 
 
 def main():
@@ -576,22 +644,13 @@ def main():
     flag("--out", help="folder of the run; default: runs/stage1, runs/stage2 or runs/NAME-OF-DATA")
     flag("--mined", help="folder of mine.py's output, used where it has a data set's file")
     flag("--restart", action="store_true", help="begin anew, removing an earlier run in --out")
-    for field in dataclasses.fields(Settings):
+    flag("--tensorboard", metavar="DIR", help="also write what log.jsonl says for tensorboard")
+    for field in fields(Settings):
         kind = {"type": field.type} if field.type is not bool else {"action": argparse.BooleanOptionalAction}
         flag("--" + field.name.replace("_", "-"), default=None, **kind)
     args = parser.parse_args()
-    expect(int(os.environ.get("WORLD_SIZE", 1)) == 1, "torchrun: expected one process (--nproc-per-node 1)")
     recipe = read_recipe(args.recipe)
-    kinds = {field.name: field.type for field in dataclasses.fields(Settings)}
-    given = recipe["stages"].get(str(args.stage), {})
-    for name, value in given.items():
-        expect(name in kinds, f"{args.recipe}: stages.{args.stage}: unknown setting '{name}'")
-        fits = type(value) in ((int, float) if kinds[name] is float else (kinds[name],))
-        expect(
-            fits, f"{args.recipe}: stages.{args.stage}.{name}: expected {kinds[name].__name__}, got {value!r}"
-        )
-    flags = {name: value for name, value in vars(args).items() if name in kinds and value is not None}
-    s = Settings(**({"seed": recipe["seed"]} | given | flags))
+    s = read_settings(recipe, args.recipe, args.stage, vars(args))
     entries, name = recipe["datasets"], f"stage{args.stage}"
     if args.data:
         name = Path(args.data).name.removesuffix(".gz").removesuffix(".jsonl")
@@ -600,10 +659,31 @@ def main():
     init = args.init or ("runs/stage1" if args.stage == 2 and not args.data else recipe["base"])
     ready = init != "runs/stage1" or Path(init, "config.json").exists()
     expect(ready, f"{init}: no finished run; run --stage 1 first")
-    if args.restart and (run / "log.jsonl").exists():
-        shutil.rmtree(run, ignore_errors=True)
-    run.mkdir(parents=True, exist_ok=True)
-    train(run, init, entries, args.stage, s, args.mined)
+    if (
+        not torch.cuda.is_available() and sys.platform == "linux"
+    ):  # else glibc gives memory back each step, and
+        for parameter, value in (
+            (-3, 2**30),
+            (-1, 2**31 - 1),
+        ):  # faults cost a third: M_MMAP_, M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(parameter, value)
+    join()
+    board = None
+    if args.tensorboard and rank() == 0:
+        what = "--tensorboard: expected the package tensorboard"
+        tensorboard = nvembed.attempt(what, importlib.import_module, "torch.utils.tensorboard")
+        board = tensorboard.SummaryWriter(args.tensorboard)
+    datasets = read_datasets(entries, args.stage, s, args.mined)
+    if rank() == 0:
+        if args.restart and (run / "log.jsonl").exists():
+            shutil.rmtree(run, ignore_errors=True)
+        run.mkdir(parents=True, exist_ok=True)
+    if world() > 1:
+        dist.barrier()
+    train(run, init, datasets, s, board)
+    if world() > 1:
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
