@@ -344,7 +344,8 @@ def build(init, s, device, sharded=True):
         block.recompute = s.recompute
         if s.compile:  # eager where it fails, for instance without a compiler
             torch._dynamo.config.suppress_errors = True
-            block.compile(dynamic=True)
+            block.before = torch.compile(block.before, dynamic=True)
+            block.after = torch.compile(block.after, dynamic=True)
     mesh = make_mesh(device, s) if sharded and world() > 1 else None
     for module in [*blocks, *([pooling.requires_grad_(True)] if pooling else []), model]:
         for p in module.parameters():
@@ -530,7 +531,9 @@ def held_out(model, datasets, s, positives):
         embeddings = embed(model, batch.tokens, micro_batches(model, batch.tokens, s.micro_tokens), (s.seed,))
         results.append(torch.stack(batch_loss(embeddings, batch, s)).tolist())
     model.train()
-    loss, accuracy = reduced(np.mean(results, axis=0).tolist() if results else [math.nan] * 2, model.device)
+    if not results:
+        return {}
+    loss, accuracy = reduced(np.mean(results, axis=0).tolist(), model.device)
     return {"held_out_loss": loss / world(), "held_out_accuracy": accuracy / world()}
 
 

@@ -934,7 +934,7 @@ def test_lora_dropout_only_in_training(base):
     for layer in model.embedding_model.layers:
         layer.lora_dropout = 0.0
     assert gap(states(model.train(), ids), quiet) == 0
-    out = nvembed.dropout(torch.ones(4000, 63), 0.25)
+    out = nvembed.drop(torch.ones(4000, 63), nvembed.keep(4000, (9, 63), 0.25, "cpu")[1], 0.25)
     values = sorted(out.unique().tolist())
     assert values == [0.0, pytest.approx(4 / 3)] and abs(float(out.mean()) - 1) < 0.01
     assert abs(float((out == 0).double().mean()) - 0.25) < 0.005 and out.std(dim=0).min() > 0.4
