@@ -1,11 +1,11 @@
 """How good it is: the local suite or any mteb benchmark, with mteb's own tasks, metrics and result files.
 
-    python eval.py --task retrieval                                    # the last run, on the local retrieval sets
+    python eval.py --task retrieval                                    # the last run, local retrieval sets
     python eval.py --model smollm2:mean:causal --model runs/stage1 --model runs/stage2 --model minilm
     python eval.py --suite "MTEB(eng, v1)" --model nvidia/NV-Embed-v2  # the paper's 56 tasks
 
-A task whose result is there is not run again. A result belongs to the content of the model's files and of the task's
-data, so a model that was trained again has none yet; after a change of the code use --overwrite.
+A task whose result is there is not run again. A result belongs to the content of the model's files and of the
+task's data, so a model that was trained again has none yet; after a change of the code use --overwrite.
 """
 
 import argparse
@@ -37,9 +37,10 @@ RESAMPLES = 1000
 
 
 def instruction(metadata, prompt_type=None):
-    """The instruction for one side of an mteb task: the authors' evaluation string if there is one, else mteb's.
+    """The instruction for one side of an mteb task: the authors' evaluation string, else mteb's.
 
-    Documents of retrieval and reranking are bare, but for Quora's; all other types are symmetric: both sides carry it.
+    Documents of retrieval and reranking are bare, but for Quora's; all other types are symmetric: both sides
+    carry it.
     """
     name = VARIANT.sub("", metadata.name)
     asymmetric = "Retrieval" in metadata.type or "Reranking" in metadata.type
@@ -50,8 +51,9 @@ def instruction(metadata, prompt_type=None):
 
 
 class Encoder(AbsEncoder):
-    """mteb's EncoderProtocol around PATH[:POOLING][:causal|:bidirectional], or around a sentence-transformers folder,
-    which mteb loads and prompts. Loaded at the first encode: never, where every result is there already."""
+    """mteb's EncoderProtocol around PATH[:POOLING][:causal|:bidirectional], or around a sentence-transformers
+    folder, which mteb loads and prompts. Loaded at the first encode: never, where every result is there
+    already."""
 
     def __init__(self, spec, max_length=512, dtype=None, limit=None):
         path, *words = spec.split(":")
@@ -86,7 +88,7 @@ class Encoder(AbsEncoder):
 
 
 def content_hash(folder):
-    """Hash of what makes the model: configs, tokenizer, weights; a run's checkpoints and logs are not part of it."""
+    """Hash of what makes the model: configs, tokenizer, weights; not a run's checkpoints and logs."""
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors")):
         digest.update(path.name.encode())
@@ -97,8 +99,8 @@ def content_hash(folder):
 
 
 def find_tasks(suite, wanted, limit):
-    """The tasks of a suite that "all", a type or a name means, in upper or lower case. All of mteb's types are known;
-    that a suite has no task of one is not an error."""
+    """The tasks of a suite that "all", a type or a name means, in upper or lower case. All of mteb's types
+    are known; that a suite has no task of one is not an error."""
     local, benchmarks = suite == "local", [benchmark.name for benchmark in mteb.get_benchmarks()]
     expect(local or suite in benchmarks, f"--suite {suite}: expected local or one of {', '.join(benchmarks)}")
     expect(local or not limit, "--limit: expected the local suite, not a benchmark of fixed sets")
@@ -114,7 +116,7 @@ def find_tasks(suite, wanted, limit):
 
 
 def evaluate(model, tasks, cache, overwrite):
-    """Runs what is missing -> for each task its main score x 100 and, if it is local, its bootstrap, else None."""
+    """Runs what is missing -> of each task the main score x 100 and its bootstrap (None if not local)."""
     meta, scores = model.mteb_model_meta, []
     folder = cache.get_task_result_path("", meta).parent / "predictions"
     tasks = copy.deepcopy(tasks)  # every model starts from a task's first random state
@@ -129,9 +131,9 @@ def evaluate(model, tasks, cache, overwrite):
 
 
 def bootstrap(task, result, folder):
-    """Deviations (RESAMPLES,) of a local task's main score when its test items and the experiments that mteb averages
-    (training sets, k-means) are resampled: the same resamples for every model, so that differences are paired. Around
-    their own mean, since repeated items raise a V-measure."""
+    """Deviations (RESAMPLES,) of a local task's main score when its test items and the experiments that mteb
+    averages (training sets, k-means) are resampled: the same resamples for every model, so that differences
+    are paired. Around their own mean, since repeated items raise a V-measure."""
     task.load_data()
     predicted = read_json(folder / task.prediction_file_name)["default"]["test"]
     score, *sizes = task.resampled_score(result.scores["test"][0], predicted)
@@ -141,8 +143,8 @@ def bootstrap(task, result, folder):
 
 
 def table(tasks, models):
-    """{model: what `evaluate` returns} -> Markdown lines: tasks, means of types, mean of all; with two models or more
-    also the last minus the first, with the bootstrap 95 % interval."""
+    """{model: what `evaluate` returns} -> Markdown lines: tasks, means of types, mean of all; with two models
+    or more also the last minus the first, with the bootstrap 95 % interval."""
     columns = list(models.values())
     scores = np.array([[score for score, _ in column] for column in columns])  # (models, tasks)
     kinds = np.array([task.metadata.type for task in tasks])

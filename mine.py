@@ -1,10 +1,10 @@
-"""Where hard negatives come from (section 4.1; NV-Retriever, arXiv 2407.15831): encode, search, positive-aware filter.
+"""Where hard negatives come from (section 4.1; NV-Retriever, arXiv 2407.15831): encode, search, filter.
 
-    python mine.py                                        teacher runs/stage1, stage 2's retrieval sets -> runs/mined
+    python mine.py                            teacher runs/stage1, stage 2's retrieval sets -> runs/mined
     python mine.py --model intfloat/e5-mistral-7b-instruct --data my.jsonl --out mined
 
-Each output has the name of its rows; beside it NAME.json says the teacher, its hash, the settings and what every filter
-dropped. A set whose NAME.json says the same is not mined again. Q queries, k candidates a query, M documents, D width.
+Each output has the name of its rows; NAME.json beside it says the teacher, its hash, the settings and what every
+filter dropped. A set whose NAME.json says the same is not mined again. Q queries, k candidates, M documents.
 """
 
 import argparse
@@ -28,7 +28,8 @@ RULES = ("percpos", "naive", "shifted", "abs", "margin", "sampled")
 
 
 def load_teacher(folder, max_length, batch_tokens):
-    """encode(texts, instruction) -> unit rows (B, D) fp32, of a model nvembed loads or a sentence-transformers folder."""
+    """encode(texts, instruction) -> unit rows (B, D) fp32, of a model nvembed loads or a
+    sentence-transformers folder."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     family = read_json(Path(folder, "config.json")).get("model_type") if Path(folder).is_dir() else None
     if Path(folder, "modules.json").exists() and family not in nvembed.FAMILIES:
@@ -70,7 +71,8 @@ def build_corpus(rows, extra=()):
 def search(queries, documents, k, chunk=1024):
     """Exact inner-product search: (Q, D), (M, D) -> scores (Q, k), ids (Q, k), best first, ties by lower id.
 
-    It looks 2 k deep, since faiss takes any of the documents that tie at the last place."""
+    It looks 2 k deep, since faiss takes any of the documents that tie at the last place.
+    """
     index, deep = faiss.IndexFlatIP(documents.shape[1]), min(2 * k, len(documents))
     index.add(documents)
     starts = tqdm(range(0, len(queries), chunk), desc="search")
@@ -81,9 +83,11 @@ def search(queries, documents, k, chunk=1024):
 
 
 def allowed(scores, positive, known, args):
-    """The rule's verdict on candidates: scores (Q, k), lowest positive's score (Q,), known positives (Q, k) -> (Q, k).
+    """The rule's verdict on candidates: scores (Q, k), lowest positive's score (Q,), known positives (Q, k)
+    -> (Q, k).
 
-    All comparisons are strict. percpos is positive - (1 - p) |positive|, which is p x positive where that is positive.
+    All comparisons are strict. percpos is positive - (1 - p) |positive|, which is p x positive where that is
+    positive.
     """
     margin = {"margin": args.margin, "percpos": (1 - args.percent) * np.abs(positive)}
     if args.rule in ("percpos", "sampled", "margin"):

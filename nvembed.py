@@ -1,8 +1,8 @@
 """NV-Embed (Lee et al., arXiv 2405.17428): a decoder-only LLM turned into a text embedder, in plain PyTorch.
 
-text -> tokens, pool mask -> packed batch -> decoder without causal mask -> latent attention -> mean -> unit vector.
-B texts, S tokens of a packed batch, T tokens of one text, D model width, H query heads, G key-value heads, K head
-width, F MLP width, R latents, C cross-attention heads, W LoRA rank. Masks are bool, True = use.
+text -> tokens, pool mask -> packed batch -> decoder without causal mask -> latent attention -> mean -> unit
+vector. B texts, S tokens of a packed batch, T tokens of one text, D model width, H query heads, G key-value
+heads, K head width, F MLP width, R latents, C cross-attention heads, W LoRA rank. Masks are bool, True = use.
 
     python nvembed.py nvidia/NV-Embed-v2        embeds the model card's example and prints its 2 x 2 scores
 """
@@ -75,7 +75,7 @@ def read_json(path):
 
 @dataclass
 class Config:
-    """Decoder shape and how it embeds; fields are named as in Hugging Face's config.json where it has them."""
+    """Decoder shape and how it embeds; fields have Hugging Face's names where config.json has them."""
 
     vocab_size: int
     hidden_size: int  # D
@@ -112,7 +112,7 @@ class Config:
 
 
 def read_config(folder, **settings):
-    """config.json of a Mistral / Llama / Qwen2 base, of NV-Embed-v1 / v2 or of a model saved here -> Config."""
+    """config.json of a Mistral / Llama / Qwen2 base, NV-Embed-v1 / v2 or a model saved here -> Config."""
     path, pooling = Path(folder, "config.json"), Path(folder, "1_Pooling", "config.json")
     raw = read_json(path)
     text, latent = raw.get("text_config", raw), raw.get("latent_attention_config", {})
@@ -145,9 +145,9 @@ def read_config(folder, **settings):
 
 
 class Linear(nn.Linear):
-    """W x + b in the input's dtype, whatever the weights are stored in: trained weights stay fp32. With an adapter
-    (LoRA, Hu et al. 2021) W x + (alpha / W) B A dropped: A (W, in) and B (out, W) are trained; `dropped` is x after
-    dropout, drawn once for the projections that read the same x."""
+    """W x + b in the input's dtype, whatever the weights are stored in: trained weights stay fp32. With an
+    adapter (LoRA, Hu et al. 2021) W x + (alpha / W) B A dropped: A (W, in) and B (out, W) are trained;
+    `dropped` is x after dropout, drawn once for the projections that read the same x."""
 
     def adapt(self, rank, alpha):
         self.lora_scale, device = alpha / rank, self.weight.device
@@ -167,8 +167,8 @@ class Linear(nn.Linear):
 
 
 def keep(rows, widths, p, device):
-    """Dropout masks, a bool (rows, width) for each width, False with probability p (to 16 bits). One draw of 64-bit numbers
-    for all is 5 times as fast on CPUs as F.dropout, whose draws would outweigh the layers."""
+    """Dropout masks, a bool (rows, width) for each width, False with probability p (to 16 bits). One draw of
+    64-bit numbers for all is 5 times as fast on CPUs as F.dropout, whose draws would outweigh the layers."""
     sizes = [rows * width for width in widths]
     bits = torch.empty(sum(sizes) // 4 + 1, dtype=torch.int64, device=device).random_(-(2**63), None)
     masks = (bits.view(torch.int16)[: sum(sizes)] >= round(p * 2**16) - 2**15).split(sizes)
@@ -199,8 +199,8 @@ def cu_seqlens(lengths, device):
 def attend(q, k, v, lengths, causal, window=None):
     """Attention inside each text of a packed batch, and the only place that chooses a kernel.
 
-    q (S, H, K), k and v (S, G, K), lengths a tuple of ints with sum S -> (S, H, K). `causal` is always said; a
-    window (Mistral's, in tokens) holds for causal attention only.
+    q (S, H, K), k and v (S, G, K), lengths a tuple of ints with sum S -> (S, H, K). `causal` is always said;
+    a window (Mistral's, in tokens) holds for causal attention only.
     """
     longest = max(lengths)
     window = window if causal and window and window < longest else None
@@ -226,8 +226,8 @@ def attend(q, k, v, lengths, causal, window=None):
 
 
 def rope(c, lengths, device, dtype):
-    """cos and sin of rotary position embedding for packed texts, each (S, 1, K), with Llama-3's scaling. The first
-    half of sin is negated, for `rotate`."""
+    """cos and sin of rotary position embedding for packed texts, each (S, 1, K), with Llama-3's scaling. The
+    first half of sin is negated, for `rotate`."""
     freq = c.rope_theta ** -(torch.arange(0, c.head_dim, 2, device=device, dtype=torch.float32) / c.head_dim)
     if s := c.rope_scaling:  # short wavelengths stay, long ones are stretched by `factor`, smoothly between
         turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)
@@ -245,7 +245,7 @@ def rotate(x, cos, sin):
 
 
 class Block(nn.Module):
-    """One transformer block: x (S, D) -> (S, D). With `recompute` its backward pass computes it again from x alone."""
+    """A transformer block: x (S, D) -> (S, D). With `recompute` the backward pass needs x alone."""
 
     lora_dropout, recompute = 0.0, False
 
@@ -274,7 +274,7 @@ class Block(nn.Module):
         return self.after(x, out, *masks[1:])
 
     def before(self, x, cos, sin, mask):
-        """The half before attention -> q (S, H, K), k and v (S, G, K). A half is what torch.compile is given."""
+        """The half before attention -> q (S, H, K), k and v (S, G, K). torch.compile is given halves."""
         h = self.input_layernorm(x)
         dropped = drop(h, mask, self.lora_dropout)
         q, k, v = (
@@ -293,7 +293,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Mistral / Llama / Qwen2 without LM head: ids (S,) of packed texts -> normed states (S, D) in `dtype`."""
+    """Mistral / Llama / Qwen2 without LM head: ids (S,) of packed texts -> states (S, D) in `dtype`."""
 
     def __init__(self, c):
         super().__init__()
@@ -311,8 +311,9 @@ class Decoder(nn.Module):
 class LatentAttention(nn.Module):
     """Latent attention layer (section 3.2; arithmetic and names as released): states (S, D) -> (S, D).
 
-    h = h + to_out(attention(to_q(LN(h)), to_kv(LN(latents)))); h = h + FF(LN(h)), FF a GEGLU. With pooling "self"
-    keys and values come from the text itself and there are no latents. The mean over tokens is the caller's.
+    h = h + to_out(attention(to_q(LN(h)), to_kv(LN(latents)))); h = h + FF(LN(h)), FF a GEGLU. With pooling
+    "self" keys and values come from the text itself and there are no latents. The mean over tokens is the
+    caller's.
     """
 
     def __init__(self, c):
@@ -337,8 +338,9 @@ class LatentAttention(nn.Module):
         return block.fn.to_kv(block.norm_context(context)).unflatten(-1, (2, self.heads, -1)).unbind(1)
 
     def fold(self, dtype):
-        """Constant keys and values folded into the projections around them: A (D, C R) and B (C R, D) such that, a
-        head at a time, softmax(scale x W_q k^T) v W_o = softmax(x A) B. Exact, and D / R + 1 times cheaper."""
+        """Constant keys and values folded into the projections around them: A (D, C R) and B (C R, D) such
+        that, a head at a time, softmax(scale x W_q k^T) v W_o = softmax(x A) B. Exact, and D / R + 1 times
+        cheaper."""
         fn, (k, v) = self.cross_attend_blocks[0].fn, self.keys_values(self.latents.to(dtype))
         w_q = fn.to_q.weight.to(dtype).unflatten(0, (self.heads, -1))  # (C, K, D)
         w_o = fn.to_out.weight.to(dtype).unflatten(1, (self.heads, -1))  # (D, C, K)
@@ -373,7 +375,7 @@ Tokens = namedtuple("Tokens", "ids masked")  # a text's ids, and how many of the
 
 
 def pack(tokens, batch_tokens):
-    """Splits texts, longest first, into batches of at most batch_tokens tokens: lists of indices into `tokens`."""
+    """Splits texts, longest first, into batches of at most batch_tokens tokens: lists of their indices."""
     lengths, batches, room = [len(t.ids) for t in tokens], [], 0
     longest = max(lengths, default=0)
     expect(longest <= batch_tokens, f"batch_tokens: expected at least a text's {longest}, got {batch_tokens}")
@@ -387,7 +389,7 @@ def pack(tokens, batch_tokens):
 
 
 class NVEmbed(nn.Module):
-    """Decoder, pooling, tokenizer. `forward` maps B Tokens, as one packed batch, to unit vectors (B, D) in fp32."""
+    """Decoder, pooling, tokenizer. `forward`: B Tokens, as one packed batch -> unit vectors (B, D), fp32."""
 
     def __init__(self, config, tokenizer, dtype=torch.float32):
         super().__init__()
@@ -415,12 +417,13 @@ class NVEmbed(nn.Module):
         return F.normalize(torch.stack(pooled), dim=-1)
 
     def tokenize(self, texts, instruction="", max_length=512):
-        """list of str -> list of Tokens of at most max_length ids; bos and eos are placed here, by the config.
-        `instruction` is one for all texts or a list of one for each.
+        """list of str -> list of Tokens of at most max_length ids; bos and eos are placed here, by the
+        config. `instruction` is one for all texts or a list of one for each.
 
-        Not pooled are bos and every token that starts before the end of the instruction prefix without its trailing
-        space. That is the released rule (the prefix's own token count, from position 0) wherever the space merges
-        with what follows. A text longer than max_length loses its eos, as released, unless the config keeps it.
+        Not pooled are bos and every token that starts before the end of the instruction prefix without its
+        trailing space. That is the released rule (the prefix's own token count, from position 0) wherever the
+        space merges with what follows. A text longer than max_length loses its eos, as released, unless the
+        config keeps it.
         """
         c, out, tasks = (
             self.config,
@@ -461,10 +464,11 @@ class NVEmbed(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, device="cpu", dtype=torch.float32, **settings):
-        """Loads a folder or hub id: a Mistral / Llama / Qwen2 base, NV-Embed-v1 / v2, a model saved here, or a PEFT
-        adapter with its base. `settings` override the stored Config. Strict: a tensor that is missing, left over or
-        of another shape is an InputError; what is fresh or dropped by rule is printed. Without a device the weights
-        stay as they are in the file, mapped and not read, for a caller who moves them a block at a time."""
+        """Loads a folder or hub id: a Mistral / Llama / Qwen2 base, NV-Embed-v1 / v2, a model saved here, or
+        a PEFT adapter with its base. `settings` override the stored Config. Strict: a tensor that is missing,
+        left over or of another shape is an InputError; what is fresh or dropped by rule is printed. Without a
+        device the weights stay as they are in the file, mapped and not read, for a caller who moves them a
+        block at a time."""
         folder = local_folder(path)
         if Path(folder, "adapter_config.json").exists() and not Path(folder, "config.json").exists():
             base = read_json(Path(folder, "adapter_config.json")).get("base_model_name_or_path")
@@ -488,8 +492,8 @@ class NVEmbed(nn.Module):
         return model.eval()
 
     def save_pretrained(self, path, dtype=torch.bfloat16):
-        """Writes a folder that `from_pretrained` loads, adapters merged in fp32: in the released layout where the
-        model fits it, else with model_type "nvembed-x" so that released code refuses it."""
+        """Writes a folder that `from_pretrained` loads, adapters merged in fp32: in the released layout where
+        the model fits it, else with model_type "nvembed-x" so that released code refuses it."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         state = {name: tensor for name, tensor in self.state_dict().items() if ".lora_" not in name}
@@ -561,7 +565,7 @@ def lora_layers(model):
 
 
 def add_lora(model, rank=16, alpha=32, dropout=0.1, targets=PROJECTIONS):
-    """Adapts the decoder's layers named in `targets` (rank, alpha: section 5.1; all seven targets: assumed)."""
+    """Adapts the decoder's layers named in `targets` (rank, alpha: section 5.1; the targets: assumed)."""
     expect(
         not lora_layers(model),
         "add_lora: the model has an adapter already: merge it by save_pretrained first",

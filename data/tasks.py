@@ -1,5 +1,5 @@
-"""The local suite: held-out sets in data/eval as mteb's own tasks, so that the metrics are mteb's and no network is
-needed. A file holds JSON lines, by task type:
+"""The local suite: held-out sets in data/eval as mteb's own tasks, so that the metrics are mteb's and no
+network is needed. A file holds JSON lines, by task type:
 
     Retrieval       {"query": str, "pos": [str, ...]} and, for every passage of the corpus, {"doc": str}
     Classification  {"text": str, "label": str or int, "split": "train" or "test"}
@@ -23,15 +23,15 @@ FOLDER = Path(__file__).parent / "eval"
 
 
 def spread(rows, limit):
-    """At most `limit` rows, equally spaced, so that a set sorted by label keeps its labels; limit None: all."""
+    """At most `limit` rows (None: all), equally spaced, so that a sorted set keeps its labels."""
     return rows[:: -(-len(rows) // limit)] if limit and rows else rows
 
 
 class Local:
     """A task from one file; a task's class says its `path` and `limit` (at most so many test items).
 
-    For a bootstrap, `resampled_score(mteb's scores, mteb's predictions)` gives the main score as a function of the
-    indices of drawn items and of drawn experiments, and the number of each.
+    For a bootstrap, `resampled_score(mteb's scores, mteb's predictions)` gives the main score as a function
+    of the indices of drawn items and of drawn experiments, and the number of each.
     """
 
     def load_data(self, **kwargs):
@@ -132,7 +132,7 @@ TASKS = [  # name, type, file in data/eval, instruction (that of the training se
 
 
 def local_tasks(folder=FOLDER, limit=None):
-    """The tasks of TASKS whose file exists -> list of mteb tasks. A changed file is another revision of the data."""
+    """TASKS whose file exists -> list of mteb tasks. A changed file is another revision of the data."""
     paths = [Path(folder) / f"{file}.jsonl.gz" for _, _, file, _ in TASKS]
     return [make_task(*task, path, limit) for task, path in zip(TASKS, paths) if path.exists()]
 

@@ -1,8 +1,7 @@
 """One rank of a test of several ranks: torchrun tests/ranks.py FOLDER does what FOLDER/job.json says.
 
-It builds a model, gives it the trained tensors of FOLDER/start.safetensors, takes the gradient of one batch and writes
-it whole to the file that the job names, with the loss.
-"""
+It builds a model, gives it the trained tensors of FOLDER/start.safetensors, takes the gradient of one batch
+and writes it whole to the file that the job names, with the loss."""
 
 import json
 import os

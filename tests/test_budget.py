@@ -1,4 +1,7 @@
-"""The code stays small: lines of each file and function in one format, one-way imports."""
+"""The code stays small: lines of code of each file in one format, lines of each function, one-way imports.
+
+A line of code is one that is not blank, not a comment and not of a docstring: explaining and spacing cost nothing.
+"""
 
 import ast
 import re
@@ -8,9 +11,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-# Wanted are 480, 480, 200, 300 and 600; what is above that may shrink and may not grow.
-BUDGET = {"nvembed.py": 626, "train.py": 700, "mine.py": 204, "eval.py": 300}
-DATA = 722  # data/*.py together
+BUDGET = {"nvembed.py": 480, "train.py": 480, "mine.py": 200, "eval.py": 300}
+DATA = 600  # data/*.py together
 LONGEST = 60
 ALLOWED = {"nvembed.py": set(), "data": {"nvembed", "data"}} | dict.fromkeys(
     ("train.py", "mine.py", "eval.py"), {"nvembed", "data"}
@@ -19,7 +21,23 @@ CODE = [*(ROOT / name for name in BUDGET), *sorted((ROOT / "data").glob("*.py"))
 
 
 def lines(path):
-    return len(path.read_text(encoding="utf-8").splitlines())
+    """Number of lines of code."""
+    source = path.read_text(encoding="utf-8")
+    told = set()
+    for node in ast.walk(ast.parse(source)):
+        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        if isinstance(node, kinds) and ast.get_docstring(node) is not None:
+            told |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    code = [line.strip() for n, line in enumerate(source.splitlines(), 1) if n not in told]
+    return sum(bool(line) and not line.startswith("#") for line in code)
+
+
+def test_what_a_line_of_code_is(tmp_path):
+    path = tmp_path / "code.py"
+    path.write_text(
+        '"""Doc\n\nstring."""\n\n# comment\nx = """text\n# text"""  # 1\n\n\ndef f():\n    """Doc."""\n    y = 2\n'
+    )
+    assert lines(path) == 3  # "# text" counts as a comment: there is no such text in the code
 
 
 def ruff(*args, **kind):
@@ -69,7 +87,7 @@ def test_no_compound_lines(path):
                 first_of_module = isinstance(node, ast.Module)
                 assert len(set(starts)) == len(starts) or first_of_module, f"{path.name}:{block[0].lineno}"
     longest = max(map(len, path.read_text(encoding="utf-8").splitlines()), default=0)
-    assert longest <= 140  # ruff leaves long strings and comments
+    assert longest <= 120  # ruff leaves long strings and comments
 
 
 @pytest.mark.parametrize("path", CODE, ids=lambda path: path.name)

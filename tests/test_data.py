@@ -1,4 +1,5 @@
-"""data/: the default base is the language model it should be, rows and recipes are checked, the shipped sets do not leak."""
+"""data/: the default base is the language model it should be, rows and recipes are checked, the shipped sets
+do not leak."""
 
 import gzip
 import hashlib
@@ -258,7 +259,8 @@ def test_no_training_text_is_held_out(held_out):
 
 
 def test_a_planted_leak_is_caught(held_out):
-    """From every held-out set, a text's inside in other words' company; nine words of which one is changed are none."""
+    """From every held-out set, a text's inside in other words' company; nine words of which one is changed
+    are none."""
     rng = random.Random(0)
     for path in EVAL:
         texts = [row.get("text") or row.get("doc") or "" for row in lines(path)]
@@ -294,7 +296,8 @@ def test_held_out_sets():
 
 
 def test_documents_do_not_name_their_title():
-    """A title's words of more than three letters do not occur in its positive; in the text before removal they mostly do."""
+    """A title's words of more than three letters do not occur in its positive; in the text before removal
+    they mostly do."""
     rows = prepare.read_rows(ROOT / "data/wikipedia_title.jsonl.gz")
     found = [
         sum(len(w) > 3 and w in sets.words(row["pos"][0]) for w in sets.words(row["query"])) for row in rows

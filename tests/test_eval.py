@@ -1,4 +1,5 @@
-"""eval.py and the local suite: mteb's numbers against double loops, who gets the instruction, what is run again."""
+"""eval.py and the local suite: mteb's numbers against double loops, who gets the instruction, what is run
+again."""
 
 import gzip
 import json
@@ -25,7 +26,8 @@ TOPICS = {
 
 
 class FakeModel:
-    """A text is the sum of fixed random vectors of its words (an instruction changes nothing); calls are kept."""
+    """A text is the sum of fixed random vectors of its words (an instruction changes nothing); calls are
+    kept."""
 
     def __init__(self, sign=1):
         self.calls, self.sign = [], sign
@@ -51,7 +53,8 @@ def offline(monkeypatch):
 
 @pytest.fixture
 def suite(tmp_path, monkeypatch):
-    """Small sets of the four types, a model folder and a fake model behind it; paths are relative to tmp_path."""
+    """Small sets of the four types, a model folder and a fake model behind it; paths are relative to
+    tmp_path."""
     rng = np.random.default_rng(0)
     labelled = [
         (f"{word} {rng.integers(40)}", label) for label, words in TOPICS.items() for word in words.split() * 4

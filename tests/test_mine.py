@@ -1,4 +1,5 @@
-"""Each mining rule on planted scores, search against brute force, and the command, with controls that fail."""
+"""Each mining rule on planted scores, search against brute force, and the command, with controls that
+fail."""
 
 import argparse
 import json

@@ -1,5 +1,5 @@
-"""The same optimisation on 1, 2 and 4 ranks (gloo, CPU): loss, gradients, cached gradients under FSDP2, checkpoints;
-each with a control that fails."""
+"""The same optimisation on 1, 2 and 4 ranks (gloo, CPU): loss, gradients, cached gradients under FSDP2,
+checkpoints; each with a control that fails."""
 
 import json
 import os
@@ -28,7 +28,8 @@ def torchrun(ranks, *line, wait=True):
 
 
 def batch_rows():
-    """Eight rows with duplicates among positives and negatives; the texts of the first four are the longest."""
+    """Eight rows with duplicates among positives and negatives; the texts of the first four are the
+    longest."""
     rows = tangled_rows(2) + some_rows(1, 2, seed=5)
     for row in rows[:4]:
         row["neg"] = [" ".join([*WORDS, text]) for text in row["neg"]]

@@ -1,7 +1,8 @@
-"""How it learns: loss, cached gradients, sampler, optimizer, checkpoints, stages, bad input; with controls that fail.
+"""How it learns: loss, cached gradients, sampler, optimizer, checkpoints, stages, bad input; with controls
+that fail.
 
-Commands run in this process, except where one is killed. Rows hold random words that a tiny random base can embed.
-"""
+Commands run in this process, except where one is killed. Rows hold random words that a tiny random base can
+embed."""
 
 import contextlib
 import io
@@ -224,7 +225,8 @@ def test_cached_gradient_equals_plain_with_dropout(base, monkeypatch):
 
 
 def test_micro_batches_do_not_change_the_batch(base):
-    """In-batch negatives are those of the whole batch however it is split; dropout 0, since masks follow the split."""
+    """In-batch negatives are those of the whole batch however it is split; dropout 0, since masks follow the
+    split."""
     s, rows = settings(temperature=0.2, lora_dropout=0.0), some_rows(6)
     model = trainable(base, s, torch.float64)
     batch = a_batch(model, rows, s)
@@ -348,7 +350,8 @@ def test_what_is_trained(base):
 
 
 def test_first_step_is_adamw_by_hand(recipe, base, tmp_path):
-    """p (1 - lr decay) - lr m / (sqrt(v) + 1e-8) of a clipped gradient, whose moments are in the checkpoint."""
+    """p (1 - lr decay) - lr m / (sqrt(v) + 1e-8) of a clipped gradient, whose moments are in the
+    checkpoint."""
     flags = ("--steps", 1, "--warmup", 0, "--weight-decay", 0.5, "--clip", 1e-3)
     assert command(recipe, "--out", tmp_path / "run", *flags)[0] == 0
     assert command(recipe, "--out", tmp_path / "free", *flags[:-1], 1e9)[0] == 0  # control: no clipping
@@ -566,8 +569,8 @@ class Killed(BaseException):
 
 
 def kill_points(save, template, state, targets):
-    """Kills save(...) of step 2 before each of its operations on files -> the moments at which no whole checkpoint
-    could be loaded, and the number of moments."""
+    """Kills save(...) of step 2 before each of its operations on files -> the moments at which no whole
+    checkpoint could be loaded, and the number of moments."""
     lost, moment, finished = [], 0, False
     while not finished:
         run = shutil.copytree(template, template.parent / f"{save.__name__}{moment}")
