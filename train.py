@@ -530,10 +530,8 @@ def held_out(model, datasets, s, positives):
         embeddings = embed(model, batch.tokens, micro_batches(model, batch.tokens, s.micro_tokens), (s.seed,))
         results.append(torch.stack(batch_loss(embeddings, batch, s)).tolist())
     model.train()
-    if not results:
-        return {}
-    loss, accuracy = reduced(np.mean(results, axis=0).tolist(), model.device)
-    return {"held_out_loss": loss / world(), "held_out_accuracy": accuracy / world()}
+    means = reduced((np.mean(results, axis=0) / world()).tolist(), model.device) if results else ()
+    return dict(zip(("held_out_loss", "held_out_accuracy"), means, strict=False))
 
 
 def drawn(rows, datasets, places, s):
@@ -559,11 +557,11 @@ def speed(model, batch, s, seconds, peak):
     """Figures of a step over all ranks. FLOPs a weight and token: forward 2, backward to the inputs 2, the
     cache's forward 2, backward to the weights 2 if they are trained; attention and embedding are not
     counted."""
-    (tokens,) = reduced([sum(len(t.ids) for t in batch.tokens)], model.device)
+    (rate,) = reduced([sum(len(t.ids) for t in batch.tokens) / seconds], model.device)
     weights = sum(p.numel() for p in model.parameters()) - model.embedding_model.embed_tokens.weight.numel()
-    flops = weights * (4 + 2 * (len(pack(batch.tokens, s.micro_tokens)) > 1) + 2 * (s.lora_rank == 0))
-    share = flops * tokens / seconds / peak / world()
-    return {"tokens_per_s": tokens / seconds, "share_of_peak": share, "memory_gib": peak_memory_gib()}
+    flops = 4 + 2 * (len(pack(batch.tokens, s.micro_tokens)) > 1) + 2 * (s.lora_rank == 0)
+    share = flops * weights * rate / peak / world()
+    return {"tokens_per_s": rate, "share_of_peak": share, "memory_gib": peak_memory_gib()}
 
 
 def train(run, init, datasets, s, device, board=None):
@@ -593,10 +591,9 @@ def train(run, init, datasets, s, device, board=None):
         if not math.isfinite(record["loss"] + record["grad_norm"]):
             names = ", ".join(f"{datasets[d].name}[{i}]" for _, d, i in places)
             raise InputError(f"{line(record)}: not finite; rows {names}; last checkpoint: {last_good(run)}")
-        record |= speed(model, batch, s, time.perf_counter() - start, peak)
-        record["seconds_left"] = round(
-            (time.perf_counter() - began) / (step + 1 - done) * (s.steps - step - 1)
-        )
+        now = time.perf_counter()
+        record |= speed(model, batch, s, now - start, peak)
+        record["seconds_left"] = round((s.steps - step - 1) * (now - began) / (step + 1 - done))
         if last or (step + 1) % s.eval_every == 0:
             record |= held_out(model, datasets, s, positives)
         write_log(log, record)
