@@ -137,7 +137,7 @@ def bootstrap(task, result, folder):
     task.load_data()
     predicted = read_json(folder / task.prediction_file_name)["default"]["test"]
     score, *sizes = task.resampled_score(result.scores["test"][0], predicted)
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng([*task.metadata.name.encode()])  # another one for each task
     scores = [score(*(rng.integers(size, size=size) for size in sizes)) for _ in range(RESAMPLES)]
     return np.array(scores) - np.mean(scores)
 
@@ -148,14 +148,15 @@ def table(tasks, models):
     columns = list(models.values())
     scores = np.array([[score for score, _ in column] for column in columns])  # (models, tasks)
     kinds = np.array([task.metadata.type for task in tasks])
-    entries = [(t.metadata.name, t.metadata.main_score, scores[:, i]) for i, t in enumerate(tasks)]
-    entries += [(f"{kind} mean", "", scores[:, kinds == kind].mean(axis=1)) for kind in dict.fromkeys(kinds)]
-    entries += [("mean", "", scores.mean(axis=1))]
+    entries = [(t.metadata.name, t.metadata.main_score, [i]) for i, t in enumerate(tasks)]
+    entries += [(f"{kind} mean", "", np.flatnonzero(kinds == kind)) for kind in dict.fromkeys(kinds)]
     rows = [["task", "main score x 100", *models, "last - first [95 %]"]]
-    for i, (title, metric, score) in enumerate(entries):
+    for title, metric, members in [*entries, ("mean", "", range(len(tasks)))]:
+        score = scores[:, members].mean(axis=1)
+        change = [columns[-1][i][1] - columns[0][i][1] for i in members if columns[0][i][1] is not None]
         rows.append([title, metric, *(f"{x:.2f}" for x in score), f"{score[-1] - score[0]:+.2f}"])
-        if i < len(tasks) and columns[0][i][1] is not None:
-            interval = np.percentile(columns[-1][i][1] - columns[0][i][1], [2.5, 97.5])
+        if len(change) == len(members):
+            interval = np.percentile(np.mean(change, axis=0), [2.5, 97.5])
             rows[-1][-1] += " [{:+.2f}, {:+.2f}]".format(*(score[-1] - score[0] + interval))
     rows = [row if len(models) > 1 else row[:-1] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]

@@ -8,6 +8,7 @@ import shutil
 import socket
 import sys
 import zlib
+from types import SimpleNamespace
 
 import mteb
 import numpy as np
@@ -278,7 +279,7 @@ def test_equal_models_differ_by_nothing_and_unequal_ones_by_more(suite, tmp_path
         shown[task][-1] == "+0.00 [+0.00, +0.00]"
         for task in ("SQuAD", "TREC", "WikipediaTopics", "WordSim353")
     )
-    assert shown["task"][-1] == "last - first [95 %]" and shown["mean"][-1] == "+0.00"
+    assert shown["task"][-1] == "last - first [95 %]" and shown["mean"][-1] == "+0.00 [+0.00, +0.00]"
     (tmp_path / "copy" / "model.safetensors").write_bytes(b"a poor model")
     monkeypatch.setattr(FakeModel, "embed", lambda self, text: np.eye(8, dtype=np.float32)[len(text) % 8])
     shown = run(monkeypatch, capsys, "--model", "model", "--model", "copy")
@@ -333,3 +334,23 @@ def test_shipped_suite_with_a_released_model(released, tmp_path, monkeypatch, ca
         all(0 <= float(cell) <= 100 for cell in shown["SQuAD"][1:3])
         and shown["SQuAD"][1] != shown["SQuAD"][2]
     )
+
+
+def test_interval_of_a_mean_is_narrower_than_those_of_its_tasks():
+    """Four tasks with independent deviations of size 1: half the width for their mean."""
+    rng, column = np.random.default_rng(0), [(50.0, np.zeros(20000))] * 4
+    kind = {"type": "Retrieval", "main_score": "x"}
+    tasks = [SimpleNamespace(metadata=SimpleNamespace(name=f"t{i}", **kind)) for i in range(4)]
+    moved = [(51.0, rng.standard_normal(20000)) for _ in tasks]
+    rows = {
+        line.split("|")[1].strip(): line.split("|")[-2].strip()
+        for line in evaluation.table(tasks, {"a": column, "b": moved})
+    }
+    low, high = (float(x) for x in rows["t0"].split("[")[1].rstrip("]").split(","))
+    assert rows["t0"].startswith("+1.00 [") and (low, high) == pytest.approx((1 - 1.96, 1 + 1.96), abs=0.06)
+    for name in ("Retrieval mean", "mean"):
+        low, high = (float(x) for x in rows[name].split("[")[1].rstrip("]").split(","))
+        assert (low, high) == pytest.approx((1 - 0.98, 1 + 0.98), abs=0.04)
+    tasks.append(SimpleNamespace(metadata=SimpleNamespace(name="hub", type="STS", main_score="x")))
+    lines = evaluation.table(tasks, {"a": [*column, (1.0, None)], "b": [*moved, (2.0, None)]})
+    assert lines[-1].rstrip("| ").endswith("+1.00")  # no interval where a task has none
