@@ -18,7 +18,7 @@ from data import prepare
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SMALL = {  # what is added to a command, by its first words
     "torchrun train.py --stage": "--steps 2 --batch 4 --no-compile",
-    "torchrun train.py --data": "--steps 2 --batch 1 --no-compile",
+    "torchrun train.py --data": "--steps 2 --batch 4 --no-compile",
     "python eval.py": "--limit 8",
 }
 
@@ -43,7 +43,8 @@ def project(tmp_path_factory):
         rows = gzip.decompress(path.read_bytes()).splitlines(keepends=True)
         path.write_bytes(gzip.compress(b"".join(rows[:60])))
     (row,) = [line for block in blocks("json") for line in block.splitlines()]
-    (folder / "my.jsonl").write_text(row + "\n")
+    others = prepare.read_rows(folder / "data/wikipedia_question.jsonl.gz")[:3]
+    (folder / "my.jsonl").write_text("\n".join([row, *map(json.dumps, others)]) + "\n")
     return folder
 
 
