@@ -15,6 +15,7 @@ import math
 import re
 import sys
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -212,15 +213,20 @@ def attend(q, k, v, lengths, causal, window=None):
     out, sizes = [], [size for _, size in runs]  # sorted batches make runs of equal length long
     for (length, _), *qkv in zip(runs, q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
         q_, k_, v_ = (t.unflatten(0, (-1, length)).transpose(1, 2) for t in qkv)  # (n, H or G, T, K)
-        mask = torch.ones(length, length, dtype=torch.bool, device=q.device) if causal else None
-        mask = mask.tril().triu(1 - (window or length)) if causal else None
-        if explicit and length <= 1024:  # SDPA's bf16 backward is 5 times as slow on CPUs as these products
-            k_, v_ = k_[:, :, None], v_[:, :, None]
-            scores = q_.unflatten(1, (k_.shape[1], -1)) @ k_.mT * q_.shape[-1] ** -0.5  # (n, G, H / G, T, T)
-            scores = scores.masked_fill(~mask, -torch.inf) if causal else scores
-            one = (scores.softmax(dim=-1) @ v_).flatten(1, 2)
+        products = explicit and length <= 1024  # SDPA's bf16 backward is 5 times as slow on CPUs as these
+        banded, mask = causal and (products or window), None
+        if banded:
+            mask = torch.ones(length, length, dtype=torch.bool, device=q.device)
+            mask = mask.tril().triu(1 - (window or length))
+        if products:
+            shared = q_.shape[1] // k_.shape[1]  # query heads of a key-value head are rows of one product
+            q_, k_, v_ = q_.reshape(-1, shared * length, q_.shape[-1]), k_.flatten(0, 1), v_.flatten(0, 1)
+            scores = torch.baddbmm(q_.new_empty(()), q_, k_.mT, beta=0, alpha=q_.shape[-1] ** -0.5)
+            scores = scores.masked_fill(~mask.repeat(shared, 1), -torch.inf) if causal else scores
+            one = (scores.softmax(dim=-1) @ v_).view(-1, q.shape[1], length, q.shape[-1])  # (n, H, T, K)
         else:
-            one = F.scaled_dot_product_attention(q_, k_, v_, mask, enable_gqa=True)
+            triangle = causal and not banded  # without a mask in memory
+            one = F.scaled_dot_product_attention(q_, k_, v_, mask, is_causal=triangle, enable_gqa=True)
         out.append(one.transpose(1, 2).flatten(0, 1))
     return torch.cat(out)
 
@@ -371,7 +377,21 @@ class LatentAttention(nn.Module):
         return h + ff.fn.net["2"](x * F.gelu(gate))  # exact erf GELU
 
 
+CHUNK = 8192  # texts that `encode` holds as tokens at a time
+BETWEEN = re.compile(r"(?<=\w) (?=\w)")  # where no token of a text goes across
 Tokens = namedtuple("Tokens", "ids masked")  # a text's ids, and how many of the first ones are not pooled
+
+
+def encode_start(encode, texts, count):
+    """Encodings by a tokenizer's batch function, right in their first `count` ids: a long text is cut between two
+    words first, since a tokenizer would read it to its end."""
+    ends = [BETWEEN.search(text, 8 * count) if len(text) > 8 * count else None for text in texts]
+    texts_cut = [text[: end.start()] if end else text for text, end in zip(texts, ends, strict=True)]
+    encodings = encode(texts_cut, add_special_tokens=False)
+    for i, end in enumerate(ends):
+        if end and len(encodings[i].ids) < count:
+            (encodings[i],) = encode([texts[i]], add_special_tokens=False)
+    return encodings
 
 
 def pack(tokens, batch_tokens):
@@ -425,22 +445,17 @@ class NVEmbed(nn.Module):
         space merges with what follows. A text longer than max_length loses its eos, as released, unless the
         config keeps it.
         """
-        c, out, tasks = (
-            self.config,
-            [],
-            [instruction] * len(texts) if isinstance(instruction, str) else instruction,
-        )
+        c, out = self.config, []
+        tasks = [instruction] * len(texts) if isinstance(instruction, str) else instruction
         for task in set(tasks):
             bare = not task.startswith("Instruct:")
             expect(bare, "instruction: expected the bare task; 'Instruct: ' and 'Query: ' are added here")
         bos, room = [c.bos_token_id][: c.bos_token_id is not None], max_length - bool(c.keep_eos)
-        prefixes = [
-            f"Instruct: {task}\nQuery: " if task else "" for task in tasks
-        ]  # the one template (section 4)
+        prefixes = [f"Instruct: {task}\nQuery: " if task else "" for task in tasks]  # the one template
         batch = [prefix + text for prefix, text in zip(prefixes, texts, strict=True)]
-        tokenizer = self.tokenizer  # without offsets it is faster
-        encode = tokenizer.encode_batch if any(prefixes) else tokenizer.encode_batch_fast
-        for prefix, encoding in zip(prefixes, encode(batch, add_special_tokens=False), strict=True):
+        fast = self.tokenizer.encode_batch_fast  # without offsets
+        encodings = encode_start(self.tokenizer.encode_batch if any(prefixes) else fast, batch, max_length)
+        for prefix, encoding in zip(prefixes, encodings, strict=True):
             ids, masked = ((bos + encoding.ids)[:room] + [c.eos_token_id])[:max_length], 0
             if prefix and c.mask_instruction:
                 masked = len(bos) + bisect.bisect_left(encoding.offsets, (len(prefix) - 1,))
@@ -448,17 +463,40 @@ class NVEmbed(nn.Module):
             out.append(Tokens(ids, masked))
         return out
 
+    def compile_blocks(self):
+        """torch.compile of the two halves of each block around attention, for any number of tokens; eager where
+        it fails, for instance without a compiler. The compiled code is kept on disk for later runs."""
+        torch._dynamo.config.suppress_errors = True
+        for block in self.embedding_model.layers:
+            block.before = torch.compile(block.before, dynamic=True)
+            block.after = torch.compile(block.after, dynamic=True)
+        return self
+
     @torch.no_grad()
-    def encode(self, texts, instruction="", max_length=512, batch_tokens=16384, progress=False):
-        """Embeds B texts, batch_tokens tokens at a time -> np.ndarray (B, D), fp32, unit rows, in order."""
+    def encode(self, texts, instruction="", max_length=512, batch_tokens=None, progress=False):
+        """Embeds B texts, batch_tokens tokens at a time -> np.ndarray (B, D), fp32, unit rows, in order.
+
+        Beside the result memory holds CHUNK texts' tokens, those of the next made in a thread meanwhile.
+        batch_tokens: by default 16,384 on GPUs and 2,048 on CPUs, whose caches it suits, or the longest text.
+        """
         expect(not isinstance(texts, str), "texts: expected a list of str, got a str")
-        tokens, training = self.tokenize(texts, instruction, max_length), self.training
-        out = np.empty((len(tokens), self.config.hidden_size), dtype=np.float32)
+        tasks = [instruction] * len(texts) if isinstance(instruction, str) else instruction
+        out = np.empty((len(texts), self.config.hidden_size), dtype=np.float32)
+        training, least = self.training, 2048 if self.device.type == "cpu" else 16384
+
+        def tokenize(start):
+            part = slice(start, start + CHUNK)
+            return self.tokenize(texts[part], tasks[part], max_length)
+
         self.eval()
-        with tqdm(total=len(tokens), disable=not progress, unit="text", desc="encode") as bar:
-            for batch in pack(tokens, batch_tokens):
-                out[batch] = self([tokens[i] for i in batch]).cpu()
-                bar.update(len(batch))
+        with tqdm(total=len(texts), disable=not progress, unit="text") as bar, ThreadPoolExecutor(1) as ahead:
+            waiting = ahead.submit(tokenize, 0)
+            for start in range(0, len(texts), CHUNK):
+                tokens, waiting = waiting.result(), ahead.submit(tokenize, start + CHUNK)
+                longest = max(len(t.ids) for t in tokens)
+                for batch in pack(tokens, batch_tokens or max(longest, least)):
+                    out[start : start + CHUNK][batch] = self([tokens[i] for i in batch]).cpu()
+                    bar.update(len(batch))
         self.train(training)
         return out
 

@@ -345,10 +345,8 @@ def build(init, s, device, sharded=True):
     blocks, pooling = model.embedding_model.layers, getattr(model, "latent_attention_model", None)
     for block in blocks:
         block.recompute = s.recompute
-        if s.compile:  # eager where it fails, for instance without a compiler
-            torch._dynamo.config.suppress_errors = True
-            block.before = torch.compile(block.before, dynamic=True)
-            block.after = torch.compile(block.after, dynamic=True)
+    if s.compile:
+        model.compile_blocks()
     mesh = make_mesh(device, s) if sharded and world() > 1 else None
     for module in [*blocks, *([pooling.requires_grad_(True)] if pooling else []), model]:
         for p in module.parameters():
