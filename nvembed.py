@@ -33,11 +33,7 @@ from tqdm import tqdm
 POOLINGS = ("latent", "mean", "eos", "self")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 FAMILIES = ("mistral", "llama", "qwen2", "bidir_mistral")
-LATENT = {
-    "num_latents_value": "num_latents",
-    "num_cross_heads": "num_cross_heads",
-    "cross_dim_head": "cross_dim_head",
-}
+LATENT = {"num_latents_value": "num_latents"} | {n: n for n in ("num_cross_heads", "cross_dim_head")}
 DROPPED = re.compile(r"lm_head\.weight$|rotary_emb\.inv_freq$|^latent_attention_model\.")
 
 
@@ -214,10 +210,9 @@ def attend(q, k, v, lengths, causal, window=None):
     for (length, _), *qkv in zip(runs, q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
         q_, k_, v_ = (t.unflatten(0, (-1, length)).transpose(1, 2) for t in qkv)  # (n, H or G, T, K)
         products = explicit and length <= 1024  # SDPA's bf16 backward is 5 times as slow on CPUs as these
-        banded, mask = causal and (products or window), None
-        if banded:
-            mask = torch.ones(length, length, dtype=torch.bool, device=q.device)
-            mask = mask.tril().triu(1 - (window or length))
+        banded = causal and (products or window)
+        mask = torch.ones(length, length, dtype=torch.bool, device=q.device) if banded else None
+        mask = mask.tril().triu(1 - (window or length)) if banded else None
         if products:
             shared = q_.shape[1] // k_.shape[1]  # query heads of a key-value head are rows of one product
             q_, k_, v_ = q_.reshape(-1, shared * length, q_.shape[-1]), k_.flatten(0, 1), v_.flatten(0, 1)
@@ -283,9 +278,8 @@ class Block(nn.Module):
         """The half before attention -> q (S, H, K), k and v (S, G, K). torch.compile is given halves."""
         h = self.input_layernorm(x)
         dropped = drop(h, mask, self.lora_dropout)
-        q, k, v = (
-            self.self_attn[n](h, dropped).unflatten(-1, (-1, self.c.head_dim)) for n in PROJECTIONS[:3]
-        )
+        found = (self.self_attn[name](h, dropped) for name in PROJECTIONS[:3])
+        q, k, v = (x.unflatten(-1, (-1, self.c.head_dim)) for x in found)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
     def after(self, x, out, *masks):
@@ -367,9 +361,8 @@ class LatentAttention(nn.Module):
         x = block.norm(h)
         if self.latents is not None:
             a, b = self.folded(h.dtype)
-            h = (
-                h + (x @ a).unflatten(-1, (self.heads, -1)).softmax(dim=-1).flatten(1) @ b
-            )  # over R of (S, C, R)
+            weights = (x @ a).unflatten(-1, (self.heads, -1)).softmax(dim=-1)  # over R of (S, C, R)
+            h = h + weights.flatten(1) @ b
         else:
             q = block.fn.to_q(x).unflatten(-1, (self.heads, -1))
             h = h + block.fn.to_out(attend(q, *self.keys_values(h), lengths, causal=False).flatten(1))
@@ -604,10 +597,7 @@ def lora_layers(model):
 
 def add_lora(model, rank=16, alpha=32, dropout=0.1, targets=PROJECTIONS):
     """Adapts the decoder's layers named in `targets` (rank, alpha: section 5.1; the targets: assumed)."""
-    expect(
-        not lora_layers(model),
-        "add_lora: the model has an adapter already: merge it by save_pretrained first",
-    )
+    expect(not lora_layers(model), "add_lora: there is an adapter already: merge it by save_pretrained first")
     for layer in model.embedding_model.layers:
         layer.lora_dropout = dropout
     for name, module in model.embedding_model.named_modules():
@@ -648,9 +638,9 @@ def load_adapter(model, folder):
 
 
 def fast_dtype(device="cpu"):
-    """bf16 on GPUs and on CPUs with AMX, where its matrix products are 6-8 times as fast; else fp32."""
-    cpu_bf16 = torch.cpu.get_capabilities().get("amx_bf16", False)
-    return torch.bfloat16 if torch.device(device).type != "cpu" or cpu_bf16 else torch.float32
+    """bf16 on GPUs and on CPUs whose matrix products are faster in it (AMX 6-8 times, AVX-512 twice); else fp32."""
+    fast = any(torch.cpu.get_capabilities().get(name) for name in ("amx_bf16", "avx512_bf16"))
+    return torch.bfloat16 if torch.device(device).type != "cpu" or fast else torch.float32
 
 
 def main():

@@ -15,7 +15,9 @@ median and range of the others. On CPUs set OMP_NUM_THREADS=1. Run nothing besid
 
 import argparse
 import contextlib
+import copy
 import functools
+import gzip
 import importlib.metadata
 import json
 import platform
@@ -106,8 +108,9 @@ def same_direction(a, b, least=0.9999):
 
 def texts_of(count):
     """The first questions and paragraphs of the shipped SQuAD set, as they come; longer lists repeat them."""
-    rows = prepare.gzip.open(ROOT / "data/eval/squad.jsonl.gz", "rt", encoding="utf-8")
-    texts = [json.loads(line)["text"] for line in rows]
+    with gzip.open(ROOT / "data/eval/squad.jsonl.gz", "rt", encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    texts = [row.get("doc") or row["query"] for row in rows]
     texts = [texts[i] for i in np.random.default_rng(0).permutation(len(texts))]
     return (texts * (count // len(texts) + 1))[:count]
 
@@ -131,7 +134,7 @@ def mistral(model):
 def sentence_transformer(model, folder):
     """The same weights in sentence-transformers, causal, with mean pooling -> a loaded SentenceTransformer."""
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.models import Normalize, Pooling, Transformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
     from transformers import PreTrainedTokenizerFast
 
     mistral(model).save_pretrained(folder)
@@ -155,23 +158,21 @@ def encode(args, shape="small"):
     texts, cut = texts_of(args.texts), {"convert_to_tensor": True, "show_progress_bar": False}
     theirs = functools.partial(peer.encode, batch_size=32, **cut)
     same_direction(model.encode(texts), theirs(texts))
-    tokens = sum(len(t.ids) for t in model.tokenize(texts))
     few = [text[: 20 * (i + 1)] for i, text in enumerate(t for t in texts[:200] if len(t) > 640)][:32]
-    for compiled in (False, True):
-        name = "compiled" if compiled else "eager"
-        if compiled:
-            model.compile_blocks()
-        first = cold(lambda: model.encode(few))
-        again = cold(lambda: model.encode(few))
-        contest = {"ours": lambda: model.encode(texts), "peer": lambda: theirs(texts)}
-        seconds = turns(contest, args.rounds)
-        rate = tokens / statistics.median(seconds["ours"])
-        note = f"{rate:,.0f} tokens/s"
-        tell(f"encode {args.texts:,} texts, {name}", ">= 2.0", seconds, note)
-        contest = {"ours": lambda: model.encode(few), "peer": lambda: theirs(few)}
-        note = f"cold {first:.2f} s, then {again:.2f} s"
-        tell(f"encode {len(few)} mixed texts, {name}", ">= 3", turns(contest, 4 * args.rounds), note)
-        products(model, args, name)
+    models = {"eager": model, "compiled": copy.deepcopy(model).compile_blocks()}
+    cold_times = {how: [cold(lambda m=m: m.encode(few)) for _ in range(2)] for how, m in models.items()}
+    for name, some, target, rounds in (("texts", texts, 2.0, 1), ("mixed texts", few, 3, 4)):
+        contest = {name: functools.partial(m.encode, some) for name, m in models.items()}
+        seconds = turns(contest | {"peer": lambda some=some: theirs(some)}, rounds * args.rounds)
+        tokens = sum(len(t.ids) for t in model.tokenize(some))
+        for how in models:
+            note = f"{tokens / statistics.median(seconds[how]):,.0f} tokens/s"
+            note += "" if some is texts else "; cold {:.2f} s, then {:.2f} s".format(*cold_times[how])
+            tell(
+                f"encode {len(some):,} {name}, {how}", f">= {target}", seconds | {"ours": seconds[how]}, note
+            )
+    for how, m in models.items():
+        products(m, args, how)
 
 
 def products(model, args, name, length=128, size=4096):
@@ -503,8 +504,12 @@ def table(args):
 def versions():
     names = "torch numpy faiss-cpu tokenizers transformers sentence-transformers peft".split()
     cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    flags = " with AMX" * ("amx_bf16" in cpu) + f", {torch.get_num_threads()} thread(s)"
-    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine() + flags
+    name = next(
+        (line.split(": ")[1] for line in cpu.splitlines() if "model name" in line), platform.machine()
+    )
+    able = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in cpu]
+    cpu = ", ".join([name, *able, f"{torch.get_num_threads()} thread(s)"])
+    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return ", ".join([hardware, *(f"{name} {importlib.metadata.version(name)}" for name in names)])
     return hardware

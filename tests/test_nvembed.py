@@ -393,6 +393,38 @@ def test_order_and_empty_inputs(base):
     assert model.training
 
 
+def test_encode_in_chunks(base, monkeypatch):
+    """Texts are tokenised ahead, CHUNK at a time, each with its own instruction; errors of the thread arrive."""
+    model, tasks = NVEmbed.from_pretrained(base), [TASK, "", "Other", "", TASK, "", ""]
+    whole, calls, tokenize = model.encode(TEXTS, tasks), [], model.tokenize
+    monkeypatch.setattr(nvembed, "CHUNK", 3)
+    monkeypatch.setattr(model, "tokenize", lambda texts, *rest: calls.append(texts) or tokenize(texts, *rest))
+    assert gap(model.encode(TEXTS, tasks), whole) <= 2e-6
+    assert [text for texts in calls for text in texts] == TEXTS and [len(c) for c in calls][:3] == [3, 3, 1]
+    assert gap(model.encode(TEXTS, tasks[::-1]), whole) > 0.05  # control
+    assert "Instruct" in error_of(model.encode, TEXTS, [*tasks[:6], "Instruct: no"])
+
+
+def test_compiled_encode_is_the_eager_one(base):
+    """For batches of any size, with one graph for all of them."""
+    model = NVEmbed.from_pretrained(base)
+    eager, before = model.encode(TEXTS, TASK), torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    model.compile_blocks()
+    for batch_tokens in (150, 211, 16384):
+        assert gap(model.encode(TEXTS, TASK, batch_tokens=batch_tokens), eager) <= 5e-6
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before  # control: it was compiled
+
+
+def test_fast_dtype(monkeypatch):
+    for able, found in (
+        ("amx_bf16", torch.bfloat16),
+        ("avx512_bf16", torch.bfloat16),
+        ("avx2", torch.float32),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: {able: True, "sse": True})
+        assert nvembed.fast_dtype() == found and nvembed.fast_dtype("cuda") == torch.bfloat16
+
+
 def test_batch_of_one_is_bidirectional(base):
     ids = random_ids(12)
     changed = [*ids[:-1], ids[-1] - 1 if ids[-1] > 3 else 4]
@@ -436,6 +468,23 @@ def test_attend_equals_plain_attention(causal, window):
         q, k, v = (t.cuda().bfloat16() for t in (q, k, v))
         out = nvembed.attend(q, k, v, lengths, causal, window)
         assert gap(out.cpu(), expected) <= 0.03
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window", [None, 5])
+def test_attend_of_a_bf16_step_and_its_gradient(causal, window):
+    """On CPUs a bf16 step multiplies the scores out: the same as scaled_dot_product_attention in fp64."""
+    lengths, generator = (12, 7, 7, 3, 1), torch.Generator().manual_seed(0)
+    qkv = [torch.randn(30, heads, 16, generator=generator).bfloat16() for heads in (4, 2, 2)]
+    upstream, found = torch.randn(30, 4, 16, generator=generator), []
+    for dtype in (torch.bfloat16, torch.float64):
+        parts = [t.to(dtype, copy=True).requires_grad_() for t in qkv]
+        out = nvembed.attend(*parts, lengths, causal, window)
+        found.append([out.detach(), *torch.autograd.grad(out, parts, upstream.to(dtype))])
+    for ours, true in zip(*found, strict=True):
+        assert true.norm() > 1 and float((ours.double() - true).norm() / true.norm()) <= 0.01
+    other = nvembed.attend(*parts, lengths, not causal, window).detach()
+    assert float((other - found[1][0]).norm() / other.norm()) > 0.1  # control
 
 
 # ------------------------------------------------------------------------------------- template and pool mask
@@ -538,6 +587,38 @@ def test_truncation(tokens_of, monkeypatch):
     monkeypatch.setattr(model.config, "keep_eos", True)
     for length in (len(full) + 1, len(full), len(full) - 1, 17, 2):
         assert cut(length) == [*full[:-1][: length - 1], full[-1]]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The sun rises in the east. " * 400,
+        "a" * 9000,
+        "7 " * 4000,
+        "苹果 🍎 " * 1500,
+        " " * 9000 + "end",
+        "x  y" * 2000,
+    ],
+)
+def test_long_texts_are_cut_before_they_are_tokenised(text, tokens_of, monkeypatch):
+    """The first max_length ids are those of the whole text."""
+    model, seen = tokens_of[3], []
+    fast = [model.tokenize([text, "short"], task, 50) for task in ("", TASK)]
+    monkeypatch.setattr(nvembed, "encode_start", lambda f, texts, n: f(texts, add_special_tokens=False))
+    assert fast == [model.tokenize([text, "short"], task, 50) for task in ("", TASK)]
+    monkeypatch.undo()
+    nvembed.encode_start(
+        lambda texts, **_: seen.extend(map(len, texts)) or model.tokenizer.encode_batch(texts), [text], 50
+    )
+    assert seen[0] < 500 or not nvembed.BETWEEN.search(text)  # control: it was cut
+
+
+def test_a_cut_inside_a_word_would_change_tokens(tokens_of):
+    """Control of the test above."""
+    text, encode = "The sun rises in the east. " * 400, tokens_of[4].encode
+    true = encode(text, add_special_tokens=False).ids
+    cuts = [encode(text[:n], add_special_tokens=False).ids for n in range(100, 130)]
+    assert any(ids != true[: len(ids)] for ids in cuts)
 
 
 def test_who_keeps_the_eos():
