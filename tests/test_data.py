@@ -19,6 +19,22 @@ EVAL = sorted((ROOT / "data/eval").glob("*.jsonl.gz"))
 RECIPE = prepare.read_recipe(ROOT / "data/local.json")
 ROW = {"query": "q", "pos": ["p"], "neg": ["n"]}
 
+ENGLISH = (
+    "The sun rises in the east and sets in the west. Plants use the light of the sun to make their own food "
+    "from water and carbon dioxide. Animals cannot do this, so they eat plants or other animals to get the "
+    "energy they need to live."
+)
+
+
+def perplexity(model, text):
+    """Causal perplexity of a text under a base with tied embeddings, and its most likely next token."""
+    ids = torch.tensor(model.tokenizer.encode(text, add_special_tokens=False).ids)
+    decoder = model.embedding_model
+    with torch.no_grad():
+        logits = decoder(ids, (len(ids),), torch.float32) @ decoder.embed_tokens.weight.T  # (S, vocabulary)
+    loss = torch.nn.functional.cross_entropy(logits[:-1], ids[1:])
+    return loss.exp().item(), model.tokenizer.decode([logits[-1].argmax().item()])
+
 
 def lines(path):
     with gzip.open(path, "rt", encoding="utf-8") as file:
@@ -47,10 +63,10 @@ def model():
 
 
 def test_base_speaks_english(model):
-    shuffled = " ".join(np.random.default_rng(0).permutation(prepare.ENGLISH.split()))
-    assert prepare.perplexity(model, prepare.ENGLISH)[0] == pytest.approx(8.2, abs=0.2)
-    assert prepare.perplexity(model, shuffled)[0] > 500
-    assert prepare.perplexity(model, "The capital of France is")[1] == " Paris"
+    shuffled = " ".join(np.random.default_rng(0).permutation(ENGLISH.split()))
+    assert perplexity(model, ENGLISH)[0] == pytest.approx(8.2, abs=0.2)
+    assert perplexity(model, shuffled)[0] > 500
+    assert perplexity(model, "The capital of France is")[1] == " Paris"
 
 
 def test_wrong_rope_layout_is_found(model):
@@ -65,7 +81,7 @@ def test_wrong_rope_layout_is_found(model):
         interleaved = w.detach().view(-1, 2, 32, w.shape[1]).transpose(1, 2).reshape(w.shape)
         assert np.array_equal(prepare.rotate_half(interleaved.numpy(), 64), w.detach().numpy())  # its inverse
         w.data.copy_(interleaved)
-    wrong = prepare.perplexity(model, prepare.ENGLISH)[0]
+    wrong = perplexity(model, ENGLISH)[0]
     for w, original in zip(weights, right, strict=True):
         w.data.copy_(original)
     assert wrong > 25
@@ -130,6 +146,18 @@ def test_a_killed_download_is_repeated(tmp_path, monkeypatch):
 def test_resolve():
     assert prepare.resolve("smollm2") == str(prepare.base())
     assert prepare.resolve("some/model") == "some/model"
+    with pytest.raises(InputError, match="^smollm2:31: expected from 1 to 30 layers$"):
+        prepare.resolve("smollm2:31")
+
+
+def test_cut_base(model):
+    """The first layers' states are the whole base's after so many layers; no tensor of the rest is left."""
+    cut = NVEmbed.from_pretrained(prepare.resolve("smollm2:2"), causal=True, pooling="eos").embedding_model
+    states = {k: v for k, v in model.embedding_model.state_dict().items() if k in cut.state_dict()}
+    assert len(cut.layers) == 2
+    assert len(states) == 2 * 9 + 2
+    assert all(torch.equal(cut.state_dict()[name], tensor) for name, tensor in states.items())
+    assert prepare.base(2) == prepare.base().with_name("smollm2-135m-instruct-2")
 
 
 # ---- rows and recipes
@@ -199,7 +227,7 @@ def test_rows_come_back_and_bytes_repeat(tmp_path, monkeypatch):
     [
         ({"extra": 1}, "unknown field 'extra'"),
         ({"seed": "0"}, "field 'seed': expected int, got '0'"),
-        ({"datasets": [{"name": "a"}]}, "datasets[0]: field 'file': missing"),
+        ({"datasets": [{"name": "a"}]}, "datasets[0]: field 'kind': missing"),
         ({"datasets": [RECIPE["datasets"][0] | {"kinds": "sts"}]}, "datasets[0]: unknown field 'kinds'"),
         ({"datasets": [RECIPE["datasets"][0] | {"kind": "x"}]}, "datasets[0]: field 'kind': expected one of"),
         (
@@ -219,6 +247,29 @@ def test_bad_recipe(tmp_path, change, message):
     path.write_text(json.dumps(RECIPE | change))
     with pytest.raises(InputError, match="^" + re.escape(f"{path}: {message}")):
         prepare.read_recipe(path)
+
+
+def test_presets(tmp_path):
+    """By name or by the path's end: another base and settings, the rest as it was; without, nothing changes."""
+    path = tmp_path / "recipe.json"
+    presets = {"small": {"base": "smollm2:8", "stages": {"1": {"steps": 7}}}}
+    path.write_text(json.dumps(RECIPE | {"presets": presets}))
+    small = prepare.read_recipe(path, "small")
+    assert small == prepare.read_recipe(f"{path}:small")
+    changed = RECIPE["stages"] | {"1": RECIPE["stages"]["1"] | {"steps": 7}}
+    assert small == RECIPE | {"base": "smollm2:8", "stages": changed}
+    assert prepare.read_recipe(path) == RECIPE
+    for bad, message in (
+        ({"small": {"bases": ""}}, ": presets: small: unknown field 'bases'"),
+        (
+            {"small": {"stages": {"3": {}}}},
+            r": presets: small: stage 3: expected an object of one of \['1', '2'\]",
+        ),
+        ({}, r": expected a preset of \[\], got 'small'"),
+    ):
+        path.write_text(json.dumps(RECIPE | {"presets": bad}))
+        with pytest.raises(InputError, match="^" + re.escape(str(path)) + message):
+            prepare.read_recipe(f"{path}:small")
 
 
 def test_shipped_recipes():

@@ -1117,3 +1117,10 @@ def test_adapter_settings_are_not_silently_ignored(base, tmp_path):
         (tmp_path / "adapter_config.json").write_text(json.dumps(settings | change))
         message = error_of(nvembed.load_adapter, NVEmbed.from_pretrained(base), tmp_path)
         assert str(tmp_path) in message, change
+
+
+def test_an_error_without_a_message_is_told_by_its_name():
+    def fail():
+        raise KeyError
+
+    assert error_of(nvembed.attempt, "what", fail) == "what: KeyError()"
