@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+import faiss
 import numpy as np
 import safetensors.torch
 import torch
@@ -34,6 +35,8 @@ POOLINGS = ("latent", "mean", "eos", "self")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 FAMILIES = ("mistral", "llama", "qwen2", "bidir_mistral")
 LATENT = {"num_latents_value": "num_latents"} | {n: n for n in ("num_cross_heads", "cross_dim_head")}
+FORMATS = {"int8": 127, "int4": 7, "int8-dynamic": 127, "fp8-dynamic": 448}  # their largest numbers
+PRUNING = ("magnitude", "wanda", "sparsegpt")
 DROPPED = re.compile(r"lm_head\.weight$|rotary_emb\.inv_freq$|^latent_attention_model\.")
 
 
@@ -96,13 +99,17 @@ class Config:
     num_latents: int = 512  # R
     num_cross_heads: int = 8  # C
     cross_dim_head: int | None = None  # K of a cross-attention head, default D
+    pruned: bool = False  # zeros of the decoder's projections stay zero in training
+    quantize: str | None = None  # what the decoder's projections are stored in, one of FORMATS
 
     def __post_init__(self):
         for field in fields(self):
             value = getattr(self, field.name)
             ok = isinstance(value, field.type) or (field.type is float and isinstance(value, int))
             expect(ok, f"field '{field.name}': expected {field.type}, got {value!r}")
-        expect(self.pooling in POOLINGS, f"field 'pooling': expected one of {POOLINGS}, got {self.pooling!r}")
+        for name, known in (("pooling", POOLINGS), ("quantize", (None, *FORMATS))):
+            value = getattr(self, name)
+            expect(value in known, f"field '{name}': expected one of {known}, got {value!r}")
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         self.cross_dim_head = self.cross_dim_head or self.hidden_size
         self.keep_eos = self.pooling == "eos" if self.keep_eos is None else self.keep_eos
@@ -144,7 +151,11 @@ def read_config(folder, **settings):
 class Linear(nn.Linear):
     """W x + b in the input's dtype, whatever the weights are stored in: trained weights stay fp32. With an
     adapter (LoRA, Hu et al. 2021) W x + (alpha / W) B A dropped: A (W, in) and B (out, W) are trained;
-    `dropped` is x after dropout, drawn once for the projections that read the same x."""
+    `dropped` is x after dropout, drawn once for the projections that read the same x. With `masked`, in training
+    of a pruned model, (W + (alpha / W) B A) x without dropout, zero where W is: neither the product nor a gradient
+    of W fills what was pruned."""
+
+    masked = False
 
     def adapt(self, rank, alpha):
         self.lora_scale, device = alpha / rank, self.weight.device
@@ -153,14 +164,58 @@ class Linear(nn.Linear):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x, dropped=None):
-        out = F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-        if not hasattr(self, "lora_A"):
+        weight = self.merged() if self.masked else self.weight
+        out = F.linear(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        if self.masked or not hasattr(self, "lora_A"):
             return out
         low = F.linear(dropped, (self.lora_scale * self.lora_A).to(x.dtype))
         return out + F.linear(low, self.lora_B.to(x.dtype))
 
     def merged(self):
-        return self.weight.float() + self.lora_scale * (self.lora_B @ self.lora_A)
+        low = self.lora_scale * (self.lora_B @ self.lora_A) if hasattr(self, "lora_A") else 0
+        return (self.weight.float() + low) * (self.weight != 0 if self.masked else 1)
+
+
+class Quantized(nn.Module):
+    """A Linear whose W is codes times scales: `weight` (out, in) int8 or fp8, int4 two a byte (out, in / 2);
+    `scale` (out, groups), numbers of bf16, a group being gcd(in, 128) columns. The dynamic formats have one scale
+    a row, also of x as it comes, and multiply the codes themselves."""
+
+    def __init__(self, layer, form):
+        super().__init__()
+        out, width = layer.weight.shape
+        self.bias, self.four, self.dynamic, self.top = layer.bias, form == "int4", "-" in form, FORMATS[form]
+        self.group = width if self.dynamic else math.gcd(width, 128)
+        dtype = torch.float8_e4m3fn if form.startswith("fp8") else torch.int8
+        self.register_buffer("weight", torch.empty(out, width // (1 + self.four), dtype=dtype))
+        self.register_buffer("scale", torch.empty(out, width // self.group))
+
+    def rounded(self, x, scale):
+        """x -> the nearest codes of it, in x's dtype."""
+        x = (x / scale).clamp(-self.top, self.top)
+        return x.to(self.weight.dtype).to(x.dtype) if self.weight.dtype.is_floating_point else x.round()
+
+    def dense(self, dtype):
+        """W (out, in)."""
+        w = (
+            torch.stack((self.weight << 4 >> 4, self.weight >> 4), -1).flatten(1)
+            if self.four
+            else self.weight
+        )
+        return (w.unflatten(1, (-1, self.group)).to(dtype) * self.scale.to(dtype)[..., None]).flatten(1)
+
+    def forward(self, x, dropped=None):
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        if not self.dynamic:
+            return F.linear(x, self.dense(x.dtype), bias)
+        wide = F.pad(x.float(), (0, 0, 0, -len(x) % 32))  # GPUs multiply no fewer rows
+        scale = wide.abs().amax(dim=1, keepdim=True).clamp(min=1e-9) / self.top  # (S, 1)
+        codes, scales = self.rounded(wide, scale).to(self.weight.dtype), self.scale.T.float().contiguous()
+        if self.weight.dtype == torch.int8:
+            out = torch._int_mm(codes, self.weight.T) * scale * scales
+        else:
+            out = torch._scaled_mm(codes, self.weight.T, scale, scales, out_dtype=torch.bfloat16)
+        return out[: len(x)].to(x.dtype) + (0 if bias is None else bias)
 
 
 def keep(rows, widths, p, device):
@@ -410,6 +465,8 @@ class NVEmbed(nn.Module):
         self.embedding_model = Decoder(config)
         if config.pooling in ("latent", "self"):
             self.latent_attention_model = LatentAttention(config)
+        for part, name in projections(self) if config.quantize else ():
+            part[name] = Quantized(part[name], config.quantize)
         tokenizer.encode_special_tokens = True  # a literal "</s>" in a text is text, never an end token
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -508,6 +565,9 @@ class NVEmbed(nn.Module):
         with torch.device("meta"):
             model = cls(config, read_tokenizer(folder, config), dtype)
         state = read_weights(folder, device, dtype)
+        for name, codes in model.named_buffers():  # loading compares names and shapes
+            fits = codes.dtype in (torch.float32, state.get(name, codes).dtype)
+            expect(fits, f"{folder}: tensor '{name}': expected {codes.dtype} ({config.quantize})")
         missing, left = attempt(folder, model.load_state_dict, state, strict=False, assign=True)
         unknown = [name for name in left if not DROPPED.search(name)]
         expect(not unknown, f"{folder}: tensor '{unknown and unknown[0]}': not part of this architecture")
@@ -518,6 +578,10 @@ class NVEmbed(nn.Module):
                 torch.manual_seed(0)
                 layer = LatentAttention(config)
                 model.latent_attention_model = layer.to(device, dtype) if device else layer
+        if device and config.quantize:
+            layer = model.embedding_model.layers[0].mlp.down_proj
+            x = torch.zeros(1, config.intermediate_size, device=device)
+            attempt(f"{folder}: cannot multiply {config.quantize} on {device}", layer, x)
         if missing or left:
             print(f"{folder}: fresh: {missing[:1] or 'none'}; dropped: {left[:1] or 'none'}", file=sys.stderr)
         return model.eval()
@@ -529,7 +593,7 @@ class NVEmbed(nn.Module):
         path.mkdir(parents=True, exist_ok=True)
         state = {name: tensor for name, tensor in self.state_dict().items() if ".lora_" not in name}
         state |= {f"{name}.weight": layer.merged() for name, layer in lora_layers(self).items()}
-        state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state.items()}
+        state = {name: cast(t.detach(), "cpu", dtype).contiguous() for name, t in state.items()}
         save_torch_state_dict(state, str(path), max_shard_size="5GB")
         self.tokenizer.save(str(path / "tokenizer.json"))
         for name, content in released_configs(self, path, dtype).items():
@@ -568,8 +632,13 @@ def read_weights(folder, device, dtype):
         for name, tensor in read_tensors(Path(folder, file)).items():
             if not name.startswith(("embedding_model.", "latent_attention_model.")):
                 name = "embedding_model." + name.removeprefix("model.")
-            state[name] = tensor.to(device, dtype) if device else tensor
+            state[name] = cast(tensor, device, dtype) if device else tensor
     return state
+
+
+def cast(tensor, device, dtype):
+    """To a device and dtype; codes of one byte stay what they are."""
+    return tensor.to(device, dtype if tensor.dtype.itemsize > 1 else tensor.dtype)
 
 
 def released_configs(model, path, dtype):
@@ -580,7 +649,7 @@ def released_configs(model, path, dtype):
     latent = {"model_type": "latent_attention", "hidden_dim": c.hidden_size, "latent_dim": c.hidden_size}
     latent |= {theirs: getattr(c, ours) for theirs, ours in LATENT.items()} | {"output_normalize": True}
     plain = (c.pooling, c.mask_instruction) == ("latent", True)
-    plain = plain and not (c.causal or c.qkv_bias or c.rope_scaling or c.keep_eos)
+    plain = plain and not (c.causal or c.qkv_bias or c.rope_scaling or c.keep_eos or c.quantize)
     config = {"model_type": "nvembed" if plain else "nvembed-x", "architectures": ["NVEmbedModel"]}
     config |= {"hidden_size": c.hidden_size, "torch_dtype": name, "padding_side": "right", "mask_type": "b"}
     config |= {"is_mask_instruction": c.mask_instruction, "add_eos": True, "add_pad_token": True}
@@ -589,6 +658,155 @@ def released_configs(model, path, dtype):
     special = {key: model.tokenizer.id_to_token(i) for key, i in special.items() if i is not None}
     tokens = special | {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": "bos_token" in special}
     return {"tokenizer_config.json": tokens, "special_tokens_map.json": special, "config.json": config}
+
+
+def projections(module):
+    """(ModuleDict, name) of each of the decoder's projections in a module."""
+    parts = [part for part in module.modules() if isinstance(part, nn.ModuleDict)]
+    return [(part, name) for part in parts for name in part if name in PROJECTIONS]
+
+
+@torch.no_grad()
+def calibrated(model, tokens, device, batch_tokens=16384):
+    """Goes through the decoder of a model that may lie elsewhere, one block at a time on `device`, for a caller who
+    changes it -> yields (block, grams, change): of each projection's name X^T X (in, in) of its inputs X, and the
+    sum of 1 - cosine of the states that enter and leave the block. The next block sees the states after the change.
+    Memory: the states of all tokens, one block, its grams."""
+    states, c = [], model.config
+    for batch in pack(tokens, batch_tokens):
+        lengths = tuple(len(tokens[i].ids) for i in batch)
+        ids = torch.from_numpy(np.concatenate([tokens[i].ids for i in batch])).to(model.device)
+        x = model.embedding_model.embed_tokens(ids).to(device, model.dtype)
+        states.append((x, *rope(c, lengths, device, model.dtype), lengths))
+    for block in tqdm(model.embedding_model.layers, desc="calibration", unit="block"):
+        home, change, grams, layers = (
+            block.input_layernorm.weight.device,
+            0.0,
+            {},
+            projections(block.to(device)),
+        )
+
+        def add(name, args, grams=grams):
+            grams[name] = grams.get(name, 0) + args[0].float().mT @ args[0].float()
+
+        hooks = [
+            part[n].register_forward_pre_hook(lambda _, x, n=n, add=add: add(n, x)) for part, n in layers
+        ]
+        for x, *rest in states:
+            change += (1 - F.cosine_similarity(x.float(), block(x, *rest).float(), dim=-1)).sum().item()
+        for hook in hooks:
+            hook.remove()
+        yield block, grams, change
+        states = [(block(*state), *state[1:]) for state in states]
+        block.to(home)
+
+
+def compress(model, tokens, change, device="cpu"):
+    """Replaces the decoder's projections, block by block, by change(Linear, gram) -> layer: `prune` or `quantize`.
+    gram is X^T X of the inputs for `tokens`; without tokens the identity: all inputs count the same."""
+    for block, grams, _ in calibrated(model, tokens, device):
+        for part, name in projections(block):
+            gram = grams.get(name, torch.eye(part[name].in_features, device=device))
+            part[name] = change(part[name], gram)
+
+
+def drop_blocks(model, tokens, count, device="cpu"):
+    """Removes the `count` blocks that change the states least (ShortGPT, Men et al. 2024), measured in one pass of
+    the whole model."""
+    layers = model.embedding_model.layers
+    expect(0 <= count < len(layers), f"drop_blocks: expected less than the {len(layers)} blocks, got {count}")
+    changes = np.array([change for _, _, change in calibrated(model, tokens, device)])
+    kept = np.sort(changes.argsort(kind="stable")[count:])
+    model.embedding_model.layers = nn.ModuleList(layers[i] for i in kept)
+    model.config.num_hidden_layers = len(kept)
+
+
+def compensate(weight, gram, group, plan):
+    """The solver of SparseGPT (Frantar and Alistarh 2023) and GPTQ (Frantar et al. 2022): weight (out, in), its
+    columns replaced from left to right, what that changes in W X made up by the columns further right (Optimal Brain
+    Surgeon). The Cholesky factor of the inverse of gram = X^T X holds what each step needs. Of each `group` of
+    columns plan(columns (out, n), d (n,)) -> replace(column (out,), its index) -> (out,), d the factor's diagonal:
+    an error e costs (e / d)^2. Weights that are zero stay zero."""
+    w, kept, h = weight.float().clone(), weight != 0, gram.double().clone()
+    h.diagonal().add_(0.01 * h.diagonal().mean())
+    u = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True).float()
+    for start in range(0, w.shape[1], group):
+        part, rest = w[:, start : start + group], w[:, start + group :]  # views
+        own, errors = u[start : start + group, start : start + group], torch.empty_like(part)
+        replace = plan(part, own.diagonal())
+        for j in range(part.shape[1]):
+            new = replace(part[:, j], j) * kept[:, start + j]
+            errors[:, j] = (part[:, j] - new) / own[j, j]
+            part[:, j] = new
+            part[:, j + 1 :] -= torch.outer(errors[:, j], own[j, j + 1 :])
+        rest -= errors @ u[start : start + group, start + group :]
+    return w
+
+
+def largest(score, share, width):
+    """bool mask of score's shape, False at the lowest `share` of each `width` numbers."""
+    rows = score.reshape(-1, width)
+    lowest = rows.argsort(dim=1, stable=True)[:, : round(share * width)]
+    return torch.ones_like(rows, dtype=torch.bool).scatter_(1, lowest, False).view(score.shape)
+
+
+@torch.no_grad()
+def prune(layer, gram, method, sparsity):
+    """Sets a share of W to zero, or two in each four of a row ("2:4") -> layer. Compared are: magnitude |W|, wanda
+    (Sun et al. 2023) |W| |X_j|, both in a row; sparsegpt (W / d)^2 in 128 columns."""
+    told = f"sparsity: expected a share between 0 and 1, or 2:4, got {sparsity!r}"
+    share = attempt(told, float, sparsity.replace("2:4", "0.5"))
+    expect(0 < share < 1, told)
+    weight, four = layer.weight.float(), 4 if sparsity == "2:4" else None
+
+    def plan(columns, d):
+        mask = largest((columns / d) ** 2, share, four or columns.numel())
+        return lambda column, j: column * mask[:, j]
+
+    if method == "sparsegpt":
+        weight = compensate(weight, gram, four or 128, plan)
+    else:
+        score = weight.abs() * (gram.diagonal().sqrt() if method == "wanda" else 1)
+        weight = weight * largest(score, share, four or len(gram))
+    layer.weight.data = weight.to(layer.weight.dtype)
+    return layer
+
+
+@torch.no_grad()
+def quantize(layer, gram, form):
+    """Linear -> Quantized, by GPTQ; with the identity for gram there is nothing to make up: rounding to nearest."""
+    out, scales = Quantized(layer, form), []
+
+    def plan(columns, d):
+        scale = (columns.abs().amax(dim=1) / out.top).bfloat16().float()
+        scales.append(scale + (scale == 0))
+        return lambda column, j: out.rounded(column, scales[-1]) * scales[-1]
+
+    weight, out.scale = compensate(layer.weight, gram, out.group, plan), torch.stack(scales, dim=1)
+    codes = out.rounded(weight, out.scale.repeat_interleave(out.group, dim=1)).to(out.weight.dtype)
+    out.weight = (codes[:, ::2] & 15) | (codes[:, 1::2] << 4) if out.four else codes
+    return out
+
+
+def compact(embeddings, form, dims=None):
+    """Embeddings (B, D) for an index: their first `dims` numbers, as "int8" (B, dims), a row's largest being 127 (its
+    length is not kept: cosines do not need it), or as "binary" (B, dims / 8), the signs."""
+    x = embeddings[:, :dims]
+    if form == "binary":
+        return np.packbits(x > 0, axis=1)
+    return np.rint(127 / np.abs(x).max(axis=1, keepdims=True) * x).astype(np.int8)
+
+
+def rescored(queries, bits, documents, k, factor=4):
+    """The k best documents of each query -> cosines (B, k), indices (B, k), best first: factor x k by Hamming
+    distance of the signs (Yamada et al. 2021), then by cosine. queries (B, D); bits (N, D / 8) and documents (N, D),
+    floats or int8, as `compact` gives them."""
+    index = faiss.IndexBinaryFlat(8 * bits.shape[1])
+    index.add(bits)
+    _, found = index.search(compact(queries, "binary"), min(factor * k, len(bits)))
+    queries, near = (torch.from_numpy(x.astype(np.float32)) for x in (queries, documents[found]))
+    scores, order = F.cosine_similarity(queries[:, None], near, dim=-1).topk(k)  # (B, k) of (B, factor k)
+    return scores.numpy(), np.take_along_axis(found, order.numpy(), axis=1)
 
 
 def lora_layers(model):

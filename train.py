@@ -2,6 +2,8 @@
 
     torchrun train.py --stage 1                                  retrieval, in-batch negatives -> runs/stage1
     torchrun train.py --stage 2                                  all tasks, in-batch off       -> runs/stage2
+    torchrun train.py --stage 3                                  prune, then recover by distillation -> runs/stage3
+    torchrun train.py --stage 3 --quantize int4 --init runs/stage2                             -> runs/stage3-int4
     torchrun train.py --data my.jsonl --init nvidia/NV-Embed-v2  own rows                      -> runs/my
     torchrun --nproc-per-node 8 train.py --stage 1               the same steps on 8 ranks, weights sharded
 
@@ -71,6 +73,14 @@ class Settings:
     recompute: bool = False  # activation checkpointing: a block keeps its input only
     compile: bool = False  # torch.compile of the blocks around attention; eager where there is no compiler
     shard_ranks: int = 0  # ranks that share one copy of the weights, for instance a node's; 0: all
+    prune: str = "none"  # what stage 3 begins with: "magnitude", "wanda" or "sparsegpt"
+    sparsity: str = "0.5"  # share of the decoder's weights that become zero, or "2:4"
+    drop_blocks: int = 0  # blocks that are left out, those which change the states least
+    quantize: str = "none"  # one of nvembed.FORMATS: stage 3 does this alone, nothing is pruned or trained
+    rounding: str = "gptq"  # or "nearest"
+    calibration: int = 128  # rows whose queries and positives are read for pruning and rounding
+    distill_embeddings: float = 0.0  # weight of 1 - cosine to the model before pruning
+    distill_scores: float = 0.0  # weight of the divergence from its distribution over the batch's documents
     held_out: int = 64  # rows of each set kept from training for the held-out loss
     eval_every: int = 100
     save_every: int = 50
@@ -252,14 +262,33 @@ def info_nce(q_BD, d_BND, batch, temperature, in_batch):
     return F.cross_entropy(scores, target), (scores.argmax(dim=1) == target).float().mean()
 
 
-def batch_loss(embeddings, batch, s):
-    """embeddings of batch.tokens, in their order (number of texts, D) -> (loss, accuracy) of this rank's
-    rows."""
+def queries_documents(embeddings, batch):
+    """embeddings of batch.tokens, in their order (number of texts, D) -> this rank's q_bD, all ranks' d_BND."""
     valid = batch.valid.chunk(world())[rank()].to(embeddings.device)
     d_bND = embeddings.new_zeros(*valid.shape, embeddings.shape[1])
     d_bND[valid] = embeddings[len(valid) :]
-    d_BND = Gather.apply(d_bND) if world() > 1 else d_bND
-    return info_nce(embeddings[: len(valid)], d_BND, batch, s.temperature, s.in_batch)
+    return embeddings[: len(valid)], Gather.apply(d_bND) if world() > 1 else d_bND
+
+
+def distillation(embeddings, target, batch, s):
+    """How far this rank's embeddings are from the teacher's, `target`, both (number of texts, D) -> scalar: the mean
+    of 1 - cosine over the batch's texts, and over its queries KL(teacher || student) of the softmax of the scores
+    of all valid documents of the batch; both losses and their weights are ours."""
+    valid, log_p = batch.valid.flatten().to(embeddings.device), []
+    for q_bD, d_BND in (queries_documents(x, batch) for x in (embeddings, target)):
+        log_p.append(
+            (q_bD @ d_BND.flatten(0, 1)[valid].T / s.temperature).log_softmax(dim=1)
+        )  # (b, documents)
+    apart = (1 - (embeddings * target).sum(dim=1)).sum() * world() / (len(batch.valid) + valid.sum())
+    kl = F.kl_div(*log_p, reduction="batchmean", log_target=True)
+    return s.distill_embeddings * apart + s.distill_scores * kl
+
+
+def batch_loss(embeddings, batch, s, target=None):
+    """embeddings of batch.tokens and, if there is a teacher, its own -> (loss, accuracy) of this rank's rows."""
+    q_bD, d_BND = queries_documents(embeddings, batch)
+    loss, accuracy = info_nce(q_bD, d_BND, batch, s.temperature, s.in_batch)
+    return loss if target is None else loss + distillation(embeddings, target, batch, s), accuracy
 
 
 def reseed(*key):
@@ -316,10 +345,33 @@ def make_mesh(device, s):
     """All ranks share one copy of the weights, or each group of shard_ranks has one (hybrid sharding)."""
     group = s.shard_ranks or world()
     expect(world() % group == 0, f"shard_ranks: expected a divisor of the {world()} ranks, got {group}")
-    shape, names = (
-        ((group,), ("shard",)) if group == world() else ((world() // group, group), ("copy", "shard"))
-    )
-    return dist.init_device_mesh(device.type, shape, mesh_dim_names=names)
+    shape, names = (world() // group, group), ("copy", "shard")
+    only = slice(group == world(), None)
+    return dist.init_device_mesh(device.type, shape[only], mesh_dim_names=names[only])
+
+
+def load(init, s):
+    """A model in the dtype to compute in, not yet on its device, read as the settings say."""
+    dtypes = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+    dtypes["auto"] = nvembed.fast_dtype("cuda" if torch.cuda.is_available() else "cpu")
+    for name, value in (("dtype", s.dtype), ("export_dtype", s.export_dtype)):
+        expect(value in dtypes, f"{name}: expected one of {list(dtypes)}, got {value!r}")
+    how = {"dtype": dtypes[s.dtype], "causal": s.causal, "pooling": s.pooling}
+    model = NVEmbed.from_pretrained(resolve(init), None, **how)
+    expect(not model.config.quantize, f"{init}: expected a model that is not quantised: it cannot be trained")
+    return model
+
+
+def place(model, s, device, sharded=True):
+    """Moves a model to its device, a block at a time, and keeps this rank's shard -> model."""
+    mesh = make_mesh(device, s) if sharded and world() > 1 else None
+    for module in [*model.embedding_model.layers, getattr(model, "latent_attention_model", None), model]:
+        for p in module.parameters() if module else ():
+            if not isinstance(p, DTensor):
+                p.data = p.data.to(device, torch.float32 if p.requires_grad else model.dtype)
+        if mesh and module:
+            fully_shard(module, mesh=mesh)
+    return model
 
 
 def build(init, s, device, sharded=True):
@@ -329,34 +381,67 @@ def build(init, s, device, sharded=True):
     goes on with its own adapters and pooling, unmerged. The base's file is mapped, not read: a rank moves a
     block at a time to its device and keeps its shard.
     """
-    latest, device = Path(str(init), "latest"), torch.device(device)
+    latest = Path(str(init), "latest")
     base = read_json(checkpoint(init) / "state.json")["base"] if latest.exists() else str(init)
-    dtypes = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
-    dtypes["auto"] = nvembed.fast_dtype(device)
-    for name, value in (("dtype", s.dtype), ("export_dtype", s.export_dtype)):
-        expect(value in dtypes, f"{name}: expected one of {list(dtypes)}, got {value!r}")
     expect(s.lora_rank >= 0, f"lora_rank: expected 0 or more, got {s.lora_rank}")
     expect(s.micro_tokens >= s.max_length, f"micro_tokens: expected at least a text's {s.max_length} tokens")
     torch.manual_seed(s.seed)
-    how = {"dtype": dtypes[s.dtype], "causal": s.causal, "pooling": s.pooling}
-    model = NVEmbed.from_pretrained(resolve(base), None, **how).requires_grad_(not s.lora_rank)
+    model = load(base, s).requires_grad_(not s.lora_rank)
+    dropped = s.lora_dropout if model.config.pruned and s.lora_rank else 0
+    expect(not dropped, f"lora_dropout: expected 0 for a pruned model, got {dropped}")
     if s.lora_rank:
         nvembed.add_lora(model, s.lora_rank, s.lora_alpha, s.lora_dropout)
-    blocks, pooling = model.embedding_model.layers, getattr(model, "latent_attention_model", None)
-    for block in blocks:
+    for part, name in nvembed.projections(model):
+        part[name].masked = model.config.pruned
+    for block in model.embedding_model.layers:
         block.recompute = s.recompute
     if s.compile:
         model.compile_blocks()
-    mesh = make_mesh(device, s) if sharded and world() > 1 else None
-    for module in [*blocks, *([pooling.requires_grad_(True)] if pooling else []), model]:
-        for p in module.parameters():
-            if not isinstance(p, DTensor):
-                p.data = p.data.to(device, torch.float32 if p.requires_grad else dtypes[s.dtype])
-        if mesh:
-            fully_shard(module, mesh=mesh)
+    if hasattr(model, "latent_attention_model"):
+        model.latent_attention_model.requires_grad_(True)
+    place(model, s, torch.device(device), sharded)
     if latest.exists():
         load_tensors(trained(model), checkpoint(init) / "trained.safetensors")
     return model, base
+
+
+def compress(run, init, datasets, s, device):
+    """What stage 3 begins with: prunes a model into run/pruned, or quantises it into run, by calibration on training
+    rows, the same on every rank; a run that has begun is not pruned again -> folder of what was written."""
+    folder, form = (run / "pruned", None) if s.quantize == "none" else (run, s.quantize)
+    begun = (run / "latest").exists()
+    if begun and not form:
+        return folder
+    expect(not begun, f"{run}: is the run of a training; expected another --out for --quantize")
+    kinds, roundings = ("none", *nvembed.PRUNING), ("gptq", "nearest")
+    expect(s.prune in kinds, f"prune: expected one of {kinds}, got {s.prune!r}")
+    expect(form in (None, *nvembed.FORMATS), f"quantize: expected one of {[*nvembed.FORMATS]}, got {form!r}")
+    expect(s.rounding in roundings, f"rounding: expected one of {roundings}, got {s.rounding!r}")
+    model, sizes = load(init, s).eval(), [len(d.rows) for d in datasets]
+    places = schedule(sizes, replace(s, batch=min(s.calibration, sum(sizes)), batching="blended"), 0)
+    tasks, texts = [], []
+    for data, row, _ in drawn([d.rows for d in datasets], datasets, places, s):
+        task = row.get("prompt", data.instruction)
+        tasks += [task, task if data.symmetric else ""]
+        texts += [row["query"], row["pos"][0]]
+    tokens = model.tokenize(texts, tasks, s.max_length)
+    if form:
+        model.config.quantize = form
+        tokens = tokens if s.rounding == "gptq" else []
+        nvembed.compress(model, tokens, functools.partial(nvembed.quantize, form=form), device)
+    else:
+        if s.drop_blocks:
+            nvembed.drop_blocks(model, tokens, s.drop_blocks, device)
+        if s.prune != "none":
+            model.config.pruned = True
+            how = functools.partial(nvembed.prune, method=s.prune, sparsity=s.sparsity)
+            nvembed.compress(model, tokens, how, device)
+    if rank() == 0:
+        model.save_pretrained(
+            folder, model.dtype if s.export_dtype == "auto" else getattr(torch, s.export_dtype)
+        )
+    reduced([0], device)  # the folder is there
+    return folder
 
 
 def trained(model):
@@ -537,11 +622,14 @@ def drawn(rows, datasets, places, s):
     return [(datasets[d], rows[d][i], np.random.default_rng([s.seed, e, d, i])) for e, d, i in places]
 
 
-def train_step(model, optimizer, batch, s, step):
+def train_step(model, optimizer, batch, s, step, teacher=None):
     """One optimizer step -> its log record, without times."""
     optimizer.param_groups[0]["lr"] = rate = learning_rate(s, step)
-    key = (s.seed, step, rank())
-    out = backward(model, batch.tokens, lambda e: batch_loss(e, batch, s), s.micro_tokens, key)
+    key, target = (s.seed, step, rank()), None
+    if teacher:
+        with torch.no_grad():
+            target = embed(teacher, batch.tokens, micro_batches(teacher, batch.tokens, s.micro_tokens), key)
+    out = backward(model, batch.tokens, lambda e: batch_loss(e, batch, s, target), s.micro_tokens, key)
     norm = torch.nn.utils.clip_grad_norm_(trained(model).values(), s.clip)
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
     loss, accuracy = (value / world() for value in reduced([out[0].item(), out[1].item()], model.device))
@@ -553,19 +641,28 @@ def train_step(model, optimizer, batch, s, step):
 
 def speed(model, batch, s, seconds, peak):
     """Figures of a step over all ranks. FLOPs a weight and token: forward 2, backward to the inputs 2, the
-    cache's forward 2, backward to the weights 2 if they are trained; attention and embedding are not
-    counted."""
+    cache's forward 2, backward to the weights 2 if they are trained, a teacher's forward 2; attention and embedding
+    are not counted."""
     (rate,) = reduced([sum(len(t.ids) for t in batch.tokens) / seconds], model.device)
     weights = sum(p.numel() for p in model.parameters()) - model.embedding_model.embed_tokens.weight.numel()
-    flops = 4 + 2 * (len(pack(batch.tokens, s.micro_tokens)) > 1) + 2 * (s.lora_rank == 0)
+    flops = 4 + 2 * (len(pack(batch.tokens, s.micro_tokens)) > 1) + 2 * ((s.lora_rank == 0) + distils(s))
     share = flops * weights * rate / peak / world()
     return {"tokens_per_s": rate, "share_of_peak": share, "memory_gib": peak_memory_gib()}
 
 
+def distils(s):
+    return s.distill_embeddings > 0 or s.distill_scores > 0
+
+
 def train(run, init, datasets, s, device, board=None):
     """Trains, resumes or finishes one stage in the folder `run`, which ends up as a loadable model."""
-    settings, stop = asdict(s) | {"init": str(init)}, []
-    model, base = build(init, s, device)
+    settings, stop, start = asdict(s) | {"init": str(init)}, [], init
+    if s.prune != "none" or s.drop_blocks or s.quantize != "none":
+        start = compress(run, init, datasets, s, device)
+    if s.quantize != "none":
+        return tell(f"{run}: quantised to {s.quantize}")
+    model, base = build(start, s, device)
+    teacher = place(load(init, s).requires_grad_(False).eval(), s, device) if distils(s) and s.steps else None
     optimizer = torch.optim.AdamW(trained(model).values(), lr=s.lr, weight_decay=s.weight_decay, fused=True)
     done = resume(run, settings, model, optimizer)
     if done == s.steps and (run / "config.json").exists():
@@ -578,6 +675,8 @@ def train(run, init, datasets, s, device, board=None):
     log, peak = (open_log(run, describe(s, base, datasets), done), board), measured_peak(device, model.dtype)
     for number in (signal.SIGTERM, signal.SIGINT):  # finish the step, save, exit 0
         signal.signal(number, lambda *_: stop.append(True))
+    if not s.steps:  # pruned only
+        save_checkpoint(run, 0, model, optimizer, {"step": 0, "base": base, "settings": settings})
     if not done:
         write_log(log, {"step": 0} | held_out(model, datasets, s, positives))
     model.train()
@@ -585,7 +684,7 @@ def train(run, init, datasets, s, device, board=None):
     for step in range(done, s.steps):
         start, places, last = time.perf_counter(), schedule(sizes, s, step), step + 1 == s.steps
         batch = make_batch(model, drawn([d.rows for d in datasets], datasets, places, s), s, positives)
-        record = train_step(model, optimizer, batch, s, step)
+        record = train_step(model, optimizer, batch, s, step, teacher)
         if not math.isfinite(record["loss"] + record["grad_norm"]):
             names = ", ".join(f"{datasets[d].name}[{i}]" for _, d, i in places)
             raise InputError(f"{line(record)}: not finite; rows {names}; last checkpoint: {last_good(run)}")
@@ -601,7 +700,7 @@ def train(run, init, datasets, s, device, board=None):
             save_checkpoint(run, step + 1, model, optimizer, state)
         if stopping and not last:
             return tell(f"stopped after step {step + 1}; the same command goes on from here")
-    del model, optimizer
+    del model, optimizer, teacher
     if rank() == 0:
         nvembed.attempt(f"{run}: trained, not exported", export, run, s, datasets, device)
 
@@ -611,7 +710,7 @@ def export(run, s, datasets, device):
     adapted."""
     model, base = build(run, replace(s, compile=False), device, sharded=False)
     texts = [row["pos"][0] for dataset in datasets for row in (dataset.held_out or dataset.rows)[:16]]
-    if s.lora_rank:
+    if s.lora_rank and not model.config.pruned:  # PEFT would fill the zeros
         nvembed.save_adapter(model.eval(), run / "adapter", base)
     model.save_pretrained(run, model.dtype if s.export_dtype == "auto" else getattr(torch, s.export_dtype))
     model.dtype = torch.float32  # both in fp32 arithmetic: what is left is the rounding of the merged weights
@@ -634,11 +733,14 @@ def read_settings(recipe, path, stage, flags):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     flag = parser.add_argument
-    flag("--stage", type=int, choices=(1, 2), default=1)
+    flag("--stage", type=int, choices=(1, 2, 3), default=1)
     flag("--recipe", default=str(ROOT / "data" / "local.json"))
     flag("--data", help="own rows (.jsonl or .jsonl.gz) instead of the recipe's")
-    flag("--init", help="model to begin with: folder, hub id or run; default: the base, then runs/stage1")
-    flag("--out", help="folder of the run; default: runs/stage1, runs/stage2 or runs/NAME-OF-DATA")
+    flag(
+        "--init",
+        help="model to begin with: folder, hub id or run; default: the base, runs/stage1, runs/stage2",
+    )
+    flag("--out", help="folder of the run; default: runs/stageN or runs/NAME-OF-DATA")
     flag("--mined", help="folder of mine.py's output, used where it has a data set's file")
     flag("--restart", action="store_true", help="begin anew, removing an earlier run in --out")
     flag("--tensorboard", metavar="DIR", help="also write what log.jsonl says for tensorboard")
@@ -648,20 +750,28 @@ def main():
     args = parser.parse_args()
     recipe = read_recipe(args.recipe)
     s = read_settings(recipe, args.recipe, args.stage, vars(args))
-    entries, name = recipe["datasets"], f"stage{args.stage}"
+    entries, name, stage = (
+        recipe["datasets"],
+        f"stage{args.stage}",
+        min(args.stage, 2),
+    )  # 3: the rows of stage 2
+    name += f"-{s.quantize}" if s.quantize != "none" else ""
     if args.data:
         name = Path(args.data).name.removesuffix(".gz").removesuffix(".jsonl")
-        entries = [{"name": name, "file": args.data, "stages": [args.stage], "instruction": ""}]
+        entries = [{"name": name, "file": args.data, "stages": [stage], "instruction": ""}]
     run = Path(args.out or Path("runs", name))
-    init = args.init or ("runs/stage1" if args.stage == 2 and not args.data else recipe["base"])
-    ready = init != "runs/stage1" or Path(init, "config.json").exists()
-    expect(ready, f"{init}: no finished run; run --stage 1 first")
+    init, before = args.init or recipe["base"], f"runs/stage{args.stage - 1}"
+    if not args.init and not args.data and args.stage > 1:
+        init = before
+        expect(
+            Path(init, "config.json").exists(), f"{init}: no finished run; run --stage {args.stage - 1} first"
+        )
     device, board = join(), None
     if args.tensorboard and rank() == 0:
         what = "--tensorboard: expected the package tensorboard"
         tensorboard = nvembed.attempt(what, importlib.import_module, "torch.utils.tensorboard")
         board = tensorboard.SummaryWriter(args.tensorboard)
-    datasets = read_datasets(entries, args.stage, s, args.mined)
+    datasets = read_datasets(entries, stage, s, args.mined)
     if rank() == 0:
         if args.restart and (run / "log.jsonl").exists():
             shutil.rmtree(run, ignore_errors=True)
