@@ -197,11 +197,8 @@ class Quantized(nn.Module):
 
     def dense(self, dtype):
         """W (out, in)."""
-        w = (
-            torch.stack((self.weight << 4 >> 4, self.weight >> 4), -1).flatten(1)
-            if self.four
-            else self.weight
-        )
+        w = self.weight
+        w = torch.stack((w << 4 >> 4, w >> 4), dim=-1).flatten(1) if self.four else w
         return (w.unflatten(1, (-1, self.group)).to(dtype) * self.scale.to(dtype)[..., None]).flatten(1)
 
     def forward(self, x, dropped=None):
@@ -579,9 +576,11 @@ class NVEmbed(nn.Module):
                 layer = LatentAttention(config)
                 model.latent_attention_model = layer.to(device, dtype) if device else layer
         if device and config.quantize:
-            layer = model.embedding_model.layers[0].mlp.down_proj
-            x = torch.zeros(1, config.intermediate_size, device=device)
-            attempt(f"{folder}: cannot multiply {config.quantize} on {device}", layer, x)
+            layer, x = (
+                model.embedding_model.layers[0].mlp.up_proj,
+                torch.zeros(1, config.hidden_size, device=device),
+            )
+            attempt(f"{folder}: {config.quantize} is not to be had on {device}", layer, x)
         if missing or left:
             print(f"{folder}: fresh: {missing[:1] or 'none'}; dropped: {left[:1] or 'none'}", file=sys.stderr)
         return model.eval()
@@ -669,29 +668,23 @@ def projections(module):
 @torch.no_grad()
 def calibrated(model, tokens, device, batch_tokens=16384):
     """Goes through the decoder of a model that may lie elsewhere, one block at a time on `device`, for a caller who
-    changes it -> yields (block, grams, change): of each projection's name X^T X (in, in) of its inputs X, and the
+    changes it -> yields (block, grams, change): of each projection X^T X (in, in) of its inputs X, and the
     sum of 1 - cosine of the states that enter and leave the block. The next block sees the states after the change.
     Memory: the states of all tokens, one block, its grams."""
-    states, c = [], model.config
+    states = []
     for batch in pack(tokens, batch_tokens):
         lengths = tuple(len(tokens[i].ids) for i in batch)
         ids = torch.from_numpy(np.concatenate([tokens[i].ids for i in batch])).to(model.device)
         x = model.embedding_model.embed_tokens(ids).to(device, model.dtype)
-        states.append((x, *rope(c, lengths, device, model.dtype), lengths))
+        states.append((x, *rope(model.config, lengths, device, model.dtype), lengths))
     for block in tqdm(model.embedding_model.layers, desc="calibration", unit="block"):
-        home, change, grams, layers = (
-            block.input_layernorm.weight.device,
-            0.0,
-            {},
-            projections(block.to(device)),
-        )
+        home, change, grams = block.input_layernorm.weight.device, 0.0, {}
 
-        def add(name, args, grams=grams):
-            grams[name] = grams.get(name, 0) + args[0].float().mT @ args[0].float()
+        def add(layer, args):
+            x = args[0].float()
+            grams[layer] = grams.get(layer, 0) + x.mT @ x
 
-        hooks = [
-            part[n].register_forward_pre_hook(lambda _, x, n=n, add=add: add(n, x)) for part, n in layers
-        ]
+        hooks = [part[name].register_forward_pre_hook(add) for part, name in projections(block.to(device))]
         for x, *rest in states:
             change += (1 - F.cosine_similarity(x.float(), block(x, *rest).float(), dim=-1)).sum().item()
         for hook in hooks:
@@ -706,7 +699,7 @@ def compress(model, tokens, change, device="cpu"):
     gram is X^T X of the inputs for `tokens`; without tokens the identity: all inputs count the same."""
     for block, grams, _ in calibrated(model, tokens, device):
         for part, name in projections(block):
-            gram = grams.get(name, torch.eye(part[name].in_features, device=device))
+            gram = grams.get(part[name], torch.eye(part[name].in_features, device=device))
             part[name] = change(part[name], gram)
 
 
@@ -755,8 +748,9 @@ def prune(layer, gram, method, sparsity):
     """Sets a share of W to zero, or two in each four of a row ("2:4") -> layer. Compared are: magnitude |W|, wanda
     (Sun et al. 2023) |W| |X_j|, both in a row; sparsegpt (W / d)^2 in 128 columns."""
     told = f"sparsity: expected a share between 0 and 1, or 2:4, got {sparsity!r}"
-    share = attempt(told, float, sparsity.replace("2:4", "0.5"))
-    expect(0 < share < 1, told)
+    expect(re.fullmatch(r"0?\.\d*[1-9]\d*|2:4", sparsity), told)
+    expect(method in PRUNING, f"prune: expected one of {PRUNING}, got {method!r}")
+    share = float(sparsity.replace("2:4", "0.5"))
     weight, four = layer.weight.float(), 4 if sparsity == "2:4" else None
 
     def plan(columns, d):

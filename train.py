@@ -77,8 +77,7 @@ class Settings:
     sparsity: str = "0.5"  # share of the decoder's weights that become zero, or "2:4"
     drop_blocks: int = 0  # blocks that are left out, those which change the states least
     quantize: str = "none"  # one of nvembed.FORMATS: stage 3 does this alone, nothing is pruned or trained
-    rounding: str = "gptq"  # or "nearest"
-    calibration: int = 128  # rows whose queries and positives are read for pruning and rounding
+    calibration: int = 128  # rows whose texts are read for pruning and rounding; 0: quantised to nearest
     distill_embeddings: float = 0.0  # weight of 1 - cosine to the model before pruning
     distill_scores: float = 0.0  # weight of the divergence from its distribution over the batch's documents
     held_out: int = 64  # rows of each set kept from training for the held-out loss
@@ -276,9 +275,8 @@ def distillation(embeddings, target, batch, s):
     of all valid documents of the batch; both losses and their weights are ours."""
     valid, log_p = batch.valid.flatten().to(embeddings.device), []
     for q_bD, d_BND in (queries_documents(x, batch) for x in (embeddings, target)):
-        log_p.append(
-            (q_bD @ d_BND.flatten(0, 1)[valid].T / s.temperature).log_softmax(dim=1)
-        )  # (b, documents)
+        scores = q_bD @ d_BND.flatten(0, 1)[valid].T / s.temperature  # (b, valid documents)
+        log_p.append(scores.log_softmax(dim=1))
     apart = (1 - (embeddings * target).sum(dim=1)).sum() * world() / (len(batch.valid) + valid.sum())
     kl = F.kl_div(*log_p, reduction="batchmean", log_target=True)
     return s.distill_embeddings * apart + s.distill_scores * kl
@@ -350,10 +348,10 @@ def make_mesh(device, s):
     return dist.init_device_mesh(device.type, shape[only], mesh_dim_names=names[only])
 
 
-def load(init, s):
+def load(init, s, device):
     """A model in the dtype to compute in, not yet on its device, read as the settings say."""
     dtypes = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
-    dtypes["auto"] = nvembed.fast_dtype("cuda" if torch.cuda.is_available() else "cpu")
+    dtypes["auto"] = nvembed.fast_dtype(device)
     for name, value in (("dtype", s.dtype), ("export_dtype", s.export_dtype)):
         expect(value in dtypes, f"{name}: expected one of {list(dtypes)}, got {value!r}")
     how = {"dtype": dtypes[s.dtype], "causal": s.causal, "pooling": s.pooling}
@@ -365,11 +363,12 @@ def load(init, s):
 def place(model, s, device, sharded=True):
     """Moves a model to its device, a block at a time, and keeps this rank's shard -> model."""
     mesh = make_mesh(device, s) if sharded and world() > 1 else None
-    for module in [*model.embedding_model.layers, getattr(model, "latent_attention_model", None), model]:
-        for p in module.parameters() if module else ():
+    pooling = [*model.children()][1:]
+    for module in [*model.embedding_model.layers, *pooling, model]:
+        for p in module.parameters():
             if not isinstance(p, DTensor):
                 p.data = p.data.to(device, torch.float32 if p.requires_grad else model.dtype)
-        if mesh and module:
+        if mesh:
             fully_shard(module, mesh=mesh)
     return model
 
@@ -386,7 +385,7 @@ def build(init, s, device, sharded=True):
     expect(s.lora_rank >= 0, f"lora_rank: expected 0 or more, got {s.lora_rank}")
     expect(s.micro_tokens >= s.max_length, f"micro_tokens: expected at least a text's {s.max_length} tokens")
     torch.manual_seed(s.seed)
-    model = load(base, s).requires_grad_(not s.lora_rank)
+    model = load(base, s, device).requires_grad_(not s.lora_rank)
     dropped = s.lora_dropout if model.config.pruned and s.lora_rank else 0
     expect(not dropped, f"lora_dropout: expected 0 for a pruned model, got {dropped}")
     if s.lora_rank:
@@ -397,8 +396,8 @@ def build(init, s, device, sharded=True):
         block.recompute = s.recompute
     if s.compile:
         model.compile_blocks()
-    if hasattr(model, "latent_attention_model"):
-        model.latent_attention_model.requires_grad_(True)
+    for pooling in [*model.children()][1:]:
+        pooling.requires_grad_(True)
     place(model, s, torch.device(device), sharded)
     if latest.exists():
         load_tensors(trained(model), checkpoint(init) / "trained.safetensors")
@@ -406,42 +405,40 @@ def build(init, s, device, sharded=True):
 
 
 def compress(run, init, datasets, s, device):
-    """What stage 3 begins with: prunes a model into run/pruned, or quantises it into run, by calibration on training
-    rows, the same on every rank; a run that has begun is not pruned again -> folder of what was written."""
-    folder, form = (run / "pruned", None) if s.quantize == "none" else (run, s.quantize)
-    begun = (run / "latest").exists()
-    if begun and not form:
+    """What stage 3 begins with: prunes a model into run/pruned, or quantises it into `run`, by calibration on the
+    first rows of a schedule; a run that has begun is not pruned again -> folder of the compressed model. All ranks
+    do it, on rows of their own, and rank 0's is written: the same on any number of ranks."""
+    form, rows = None if s.quantize == "none" else s.quantize, [d.rows for d in datasets]
+    folder, change = (
+        run if form else run / "pruned",
+        {"quantize": form} if form else {"pruned": s.prune != "none"},
+    )
+    if (run / "latest").exists():
+        expect(not form, f"{run}: is a training run; expected another --out for --quantize")
         return folder
-    expect(not begun, f"{run}: is the run of a training; expected another --out for --quantize")
-    kinds, roundings = ("none", *nvembed.PRUNING), ("gptq", "nearest")
-    expect(s.prune in kinds, f"prune: expected one of {kinds}, got {s.prune!r}")
-    expect(form in (None, *nvembed.FORMATS), f"quantize: expected one of {[*nvembed.FORMATS]}, got {form!r}")
-    expect(s.rounding in roundings, f"rounding: expected one of {roundings}, got {s.rounding!r}")
-    model, sizes = load(init, s).eval(), [len(d.rows) for d in datasets]
-    places = schedule(sizes, replace(s, batch=min(s.calibration, sum(sizes)), batching="blended"), 0)
-    tasks, texts = [], []
-    for data, row, _ in drawn([d.rows for d in datasets], datasets, places, s):
-        task = row.get("prompt", data.instruction)
-        tasks += [task, task if data.symmetric else ""]
-        texts += [row["query"], row["pos"][0]]
-    tokens = model.tokenize(texts, tasks, s.max_length)
-    if form:
-        model.config.quantize = form
-        tokens = tokens if s.rounding == "gptq" else []
-        nvembed.compress(model, tokens, functools.partial(nvembed.quantize, form=form), device)
-    else:
-        if s.drop_blocks:
-            nvembed.drop_blocks(model, tokens, s.drop_blocks, device)
-        if s.prune != "none":
-            model.config.pruned = True
-            how = functools.partial(nvembed.prune, method=s.prune, sparsity=s.sparsity)
-            nvembed.compress(model, tokens, how, device)
+    expect(form or s.calibration > 0, f"calibration: expected at least 1 row, got {s.calibration}")
+    model, tokens = load(init, s, device), []
+    if s.calibration:
+        sizes = [len(part) for part in rows]
+        count = world() * min(s.calibration, sum(sizes) // world())
+        places = schedule(sizes, replace(s, batch=count, batching="blended"), 0)
+        batch = make_batch(model, drawn(rows, datasets, places, s), s, known_positives(datasets))
+        tokens = batch.tokens
+    if s.drop_blocks and not form:
+        nvembed.drop_blocks(model, tokens, s.drop_blocks, device)
+    model.config = replace(model.config, **change)
+    how = functools.partial(nvembed.prune, method=s.prune, sparsity=s.sparsity)
+    if form or s.prune != "none":
+        how = functools.partial(nvembed.quantize, form=form) if form else how
+        nvembed.compress(model, tokens, how, device)
     if rank() == 0:
-        model.save_pretrained(
-            folder, model.dtype if s.export_dtype == "auto" else getattr(torch, s.export_dtype)
-        )
+        model.save_pretrained(folder, stored(model, s))
     reduced([0], device)  # the folder is there
     return folder
+
+
+def stored(model, s):
+    return model.dtype if s.export_dtype == "auto" else getattr(torch, s.export_dtype)
 
 
 def trained(model):
@@ -645,13 +642,10 @@ def speed(model, batch, s, seconds, peak):
     are not counted."""
     (rate,) = reduced([sum(len(t.ids) for t in batch.tokens) / seconds], model.device)
     weights = sum(p.numel() for p in model.parameters()) - model.embedding_model.embed_tokens.weight.numel()
-    flops = 4 + 2 * (len(pack(batch.tokens, s.micro_tokens)) > 1) + 2 * ((s.lora_rank == 0) + distils(s))
+    flops = 4 + 2 * (len(pack(batch.tokens, s.micro_tokens)) > 1) + 2 * (s.lora_rank == 0)
+    flops += 2 * (s.distill_embeddings + s.distill_scores > 0)
     share = flops * weights * rate / peak / world()
     return {"tokens_per_s": rate, "share_of_peak": share, "memory_gib": peak_memory_gib()}
-
-
-def distils(s):
-    return s.distill_embeddings > 0 or s.distill_scores > 0
 
 
 def train(run, init, datasets, s, device, board=None):
@@ -662,7 +656,9 @@ def train(run, init, datasets, s, device, board=None):
     if s.quantize != "none":
         return tell(f"{run}: quantised to {s.quantize}")
     model, base = build(start, s, device)
-    teacher = place(load(init, s).requires_grad_(False).eval(), s, device) if distils(s) and s.steps else None
+    teacher = None
+    if s.distill_embeddings + s.distill_scores > 0 and s.steps:
+        teacher = place(load(init, s, device).requires_grad_(False), s, device)
     optimizer = torch.optim.AdamW(trained(model).values(), lr=s.lr, weight_decay=s.weight_decay, fused=True)
     done = resume(run, settings, model, optimizer)
     if done == s.steps and (run / "config.json").exists():
@@ -712,7 +708,7 @@ def export(run, s, datasets, device):
     texts = [row["pos"][0] for dataset in datasets for row in (dataset.held_out or dataset.rows)[:16]]
     if s.lora_rank and not model.config.pruned:  # PEFT would fill the zeros
         nvembed.save_adapter(model.eval(), run / "adapter", base)
-    model.save_pretrained(run, model.dtype if s.export_dtype == "auto" else getattr(torch, s.export_dtype))
+    model.save_pretrained(run, stored(model, s))
     model.dtype = torch.float32  # both in fp32 arithmetic: what is left is the rounding of the merged weights
     merged = NVEmbed.from_pretrained(run, device, torch.float32)
     cosine = (model.encode(texts) * merged.encode(texts)).sum(axis=1)
@@ -736,10 +732,7 @@ def main():
     flag("--stage", type=int, choices=(1, 2, 3), default=1)
     flag("--recipe", default=str(ROOT / "data" / "local.json"))
     flag("--data", help="own rows (.jsonl or .jsonl.gz) instead of the recipe's")
-    flag(
-        "--init",
-        help="model to begin with: folder, hub id or run; default: the base, runs/stage1, runs/stage2",
-    )
+    flag("--init", help="model to begin with: folder, hub id or run; default: the base or the stage before")
     flag("--out", help="folder of the run; default: runs/stageN or runs/NAME-OF-DATA")
     flag("--mined", help="folder of mine.py's output, used where it has a data set's file")
     flag("--restart", action="store_true", help="begin anew, removing an earlier run in --out")
@@ -750,22 +743,16 @@ def main():
     args = parser.parse_args()
     recipe = read_recipe(args.recipe)
     s = read_settings(recipe, args.recipe, args.stage, vars(args))
-    entries, name, stage = (
-        recipe["datasets"],
-        f"stage{args.stage}",
-        min(args.stage, 2),
-    )  # 3: the rows of stage 2
-    name += f"-{s.quantize}" if s.quantize != "none" else ""
+    entries, stage = recipe["datasets"], min(args.stage, 2)  # stage 3 has the rows of stage 2
+    name = f"stage{args.stage}" + f"-{s.quantize}" * (s.quantize != "none")
     if args.data:
         name = Path(args.data).name.removesuffix(".gz").removesuffix(".jsonl")
         entries = [{"name": name, "file": args.data, "stages": [stage], "instruction": ""}]
     run = Path(args.out or Path("runs", name))
-    init, before = args.init or recipe["base"], f"runs/stage{args.stage - 1}"
-    if not args.init and not args.data and args.stage > 1:
-        init = before
-        expect(
-            Path(init, "config.json").exists(), f"{init}: no finished run; run --stage {args.stage - 1} first"
-        )
+    before = f"runs/stage{args.stage - 1}"
+    init = args.init or (before if args.stage > 1 and not args.data else recipe["base"])
+    ready = init != before or Path(init, "config.json").exists()
+    expect(ready, f"{init}: no finished run; run --stage {args.stage - 1} first")
     device, board = join(), None
     if args.tensorboard and rank() == 0:
         what = "--tensorboard: expected the package tensorboard"
