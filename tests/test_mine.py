@@ -308,13 +308,13 @@ def test_planted_false_negatives():
     assert found["percpos"][2] < 0.2 < found["naive"][2]
 
 
-@pytest.mark.parametrize("name", ["wikipedia_sentence.jsonl.gz"])
-def test_shipped_negatives_are_reproduced(name, tmp_path):
-    """data/README.md's command, on the smallest set: ties are broken by row."""
-    shipped = read_rows(ROOT / "data" / name)
-    write_rows(tmp_path / name, [{"query": row["query"], "pos": row["pos"]} for row in shipped])
-    flags = f"--model minilm --dtype float32 --negatives 4 --top-k 1000 --data {name} --out out"
+def test_shipped_negatives_are_reproduced(tmp_path):
+    """data/README.md's command on some rows: what was best of all documents is best of the shipped ones."""
+    shipped = read_rows(ROOT / "data/wikipedia_sentence.jsonl.gz")[:60]
+    bare = [{"query": row["query"], "pos": row["pos"], "neg": sorted(row["neg"])} for row in shipped]
+    write_rows(tmp_path / "rows.jsonl", bare)
+    flags = "--model minilm --dtype float32 --negatives 4 --top-k 1000 --data rows.jsonl --out out"
     subprocess.run([sys.executable, ROOT / "mine.py", *flags.split()], check=True, cwd=tmp_path)
-    again = read_rows(tmp_path / "out" / name)
-    same = [set(a["neg"]) & set(b["neg"]) for a, b in zip(shipped, again, strict=True)]
-    assert sum(map(len, same)) >= 0.99 * sum(len(row["neg"]) for row in shipped)
+    again = read_rows(tmp_path / "out/rows.jsonl")
+    same = [len({*a["neg"]} & {*b["neg"]}) for a, b in zip(shipped, again, strict=True)]
+    assert sum(same) >= 0.99 * sum(len(row["neg"]) for row in shipped) > 200
