@@ -74,6 +74,7 @@ class Settings:
     held_out: int = 64  # rows of each set kept from training for the held-out loss
     eval_every: int = 100
     save_every: int = 50
+    keep: bool = False  # at every checkpoint also a loadable model, RUN/kept_STEP; one rank
     seed: int = 0
 
 
@@ -316,10 +317,8 @@ def make_mesh(device, s):
     """All ranks share one copy of the weights, or each group of shard_ranks has one (hybrid sharding)."""
     group = s.shard_ranks or world()
     expect(world() % group == 0, f"shard_ranks: expected a divisor of the {world()} ranks, got {group}")
-    shape, names = (
-        ((group,), ("shard",)) if group == world() else ((world() // group, group), ("copy", "shard"))
-    )
-    return dist.init_device_mesh(device.type, shape, mesh_dim_names=names)
+    shape, names, whole = (world() // group, group), ("copy", "shard"), group == world()
+    return dist.init_device_mesh(device.type, shape[whole:], mesh_dim_names=names[whole:])
 
 
 def build(init, s, device, sharded=True):
@@ -599,6 +598,9 @@ def train(run, init, datasets, s, device, board=None):
         if last or stopping or (step + 1) % s.save_every == 0:
             state = {"step": step + 1, "base": base, "settings": settings}
             save_checkpoint(run, step + 1, model, optimizer, state)
+            if s.keep:
+                expect(world() == 1, f"keep: expected one rank, got {world()}")
+                model.save_pretrained(run / f"kept_{step + 1:06d}", model.dtype)
         if stopping and not last:
             return tell(f"stopped after step {step + 1}; the same command goes on from here")
     del model, optimizer
