@@ -83,6 +83,7 @@ class Settings:
     held_out: int = 64  # rows of each set kept from training for the held-out loss
     eval_every: int = 100
     save_every: int = 50
+    keep: bool = False  # at every checkpoint also a loadable model, RUN/kept_STEP; one rank
     seed: int = 0
 
 
@@ -343,9 +344,8 @@ def make_mesh(device, s):
     """All ranks share one copy of the weights, or each group of shard_ranks has one (hybrid sharding)."""
     group = s.shard_ranks or world()
     expect(world() % group == 0, f"shard_ranks: expected a divisor of the {world()} ranks, got {group}")
-    shape, names = (world() // group, group), ("copy", "shard")
-    only = slice(group == world(), None)
-    return dist.init_device_mesh(device.type, shape[only], mesh_dim_names=names[only])
+    shape, names, whole = (world() // group, group), ("copy", "shard"), group == world()
+    return dist.init_device_mesh(device.type, shape[whole:], mesh_dim_names=names[whole:])
 
 
 def load(init, s, device):
@@ -356,15 +356,14 @@ def load(init, s, device):
         expect(value in dtypes, f"{name}: expected one of {list(dtypes)}, got {value!r}")
     how = {"dtype": dtypes[s.dtype], "causal": s.causal, "pooling": s.pooling}
     model = NVEmbed.from_pretrained(resolve(init), None, **how)
-    expect(not model.config.quantize, f"{init}: expected a model that is not quantised: it cannot be trained")
+    expect(not model.config.quantize, f"{init}: is quantised: expected a model to train or to compress")
     return model
 
 
 def place(model, s, device, sharded=True):
     """Moves a model to its device, a block at a time, and keeps this rank's shard -> model."""
     mesh = make_mesh(device, s) if sharded and world() > 1 else None
-    pooling = [*model.children()][1:]
-    for module in [*model.embedding_model.layers, *pooling, model]:
+    for module in [*model.embedding_model.layers, *[*model.children()][1:], model]:
         for p in module.parameters():
             if not isinstance(p, DTensor):
                 p.data = p.data.to(device, torch.float32 if p.requires_grad else model.dtype)
@@ -694,6 +693,9 @@ def train(run, init, datasets, s, device, board=None):
         if last or stopping or (step + 1) % s.save_every == 0:
             state = {"step": step + 1, "base": base, "settings": settings}
             save_checkpoint(run, step + 1, model, optimizer, state)
+            if s.keep:
+                expect(world() == 1, f"keep: expected one rank, got {world()}")
+                model.save_pretrained(run / f"kept_{step + 1:06d}", model.dtype)
         if stopping and not last:
             return tell(f"stopped after step {step + 1}; the same command goes on from here")
     del model, optimizer, teacher

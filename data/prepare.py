@@ -192,8 +192,8 @@ def bpe_tokenizer(fields):
 # ---- rows and recipes
 
 
-def json_lines(path):
-    """(where it stands, object) of each line of a .jsonl or .jsonl.gz file."""
+def json_lines(path, **fields):
+    """(where it stands, object) of each line of a .jsonl or .jsonl.gz file; `fields`: types some must have."""
     path = Path(path)
     opened = gzip.open if path.suffix == ".gz" else open
     try:
@@ -202,6 +202,9 @@ def json_lines(path):
                 row = attempt(f"{path}:{number}: expected a JSON object", json.loads, line)
                 kind = type(row).__name__
                 expect(isinstance(row, dict), f"{path}:{number}: expected a JSON object, got {kind}")
+                for name, kind in fields.items():
+                    fits = isinstance(row.get(name), kind)
+                    expect(fits, f"{path}:{number}: field '{name}': expected {kind.__name__}")
                 yield f"{path}:{number}", row
     except (OSError, EOFError, UnicodeDecodeError) as error:
         made = f"; python data/prepare.py --recipe data/{path.parent.name}.json makes it"

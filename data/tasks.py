@@ -5,12 +5,13 @@ network is needed. A file holds JSON lines, by task type:
     Classification  {"text": str, "label": str or int, "split": "train" or "test"}
     Clustering      {"text": str, "label": str or int}
     STS             {"text1": str, "text2": str, "score": float}
+
+A folder in AIR-Bench's layout is a suite too. Texts are perturbed here to see how much a score depends on form.
 """
 
-import gzip
 import hashlib
-import json
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,9 @@ from datasets import Dataset, DatasetDict
 from mteb.abstasks import AbsTaskClassification, AbsTaskClustering, AbsTaskRetrieval, AbsTaskSTS
 from mteb.abstasks.task_metadata import TaskMetadata
 from scipy.stats import entropy, spearmanr
+
+from data.prepare import json_lines
+from nvembed import expect
 
 FOLDER = Path(__file__).parent / "eval"
 
@@ -35,20 +39,18 @@ class Local:
     """
 
     def load_data(self, **kwargs):
-        with gzip.open(self.path, "rt", encoding="utf-8") as lines:
-            self.dataset = self.fill([json.loads(line) for line in lines])
-        self.data_loaded = True
+        self.dataset, self.data_loaded = self.fill([row for _, row in json_lines(self.path)]), True
 
 
 class Retrieval(Local, AbsTaskRetrieval):
-    main_score = "ndcg_at_10"
+    main_score, measure = "ndcg_at_10", "ndcg_cut_10"
     k_values = (1, 3, 5, 10, 20, 100)
 
     def fill(self, rows):
         queries = spread([row for row in rows if "query" in row], self.limit)
         found = {text for row in queries for text in row["pos"]}
         others = [row["doc"] for row in rows if "doc" in row and row["doc"] not in found]
-        corpus = sorted(found) + spread(others, self.limit and 10 * self.limit)
+        corpus = sorted(found) + spread(others, self.limit and 2 * self.limit)
         ids = {text: f"d{i}" for i, text in enumerate(corpus)}
         queries = [row | {"id": f"q{i}"} for i, row in enumerate(queries)]
         data = {"queries": Dataset.from_list([{"id": q["id"], "text": q["query"]} for q in queries])}
@@ -57,11 +59,34 @@ class Retrieval(Local, AbsTaskRetrieval):
         return {"default": {"test": data | {"top_ranked": None}}}
 
     def task_specific_scores(self, scores, *args, **kwargs):
-        return {"ndcg_at_10_by_query": [scores[query]["ndcg_cut_10"] for query in sorted(scores)]}
+        return {f"{self.main_score}_by_query": [scores[query][self.measure] for query in sorted(scores)]}
 
     def resampled_score(self, scores, predicted):
-        ndcg = np.array(scores["ndcg_at_10_by_query"])
-        return lambda items, _: ndcg[items].mean(), len(ndcg), 1
+        found = np.array(scores[f"{self.main_score}_by_query"])
+        return lambda items, _: found[items].mean(), len(found), 1
+
+
+class Air(Retrieval):
+    """A QA task of AIR-Bench as its data sets are laid out: `path` is SPLIT_qrels.jsonl with {"qid": str, "docid":
+    str, "relevance": int}; beside it stand SPLIT_queries.jsonl and corpus.jsonl with {"id": str, "text": str}."""
+
+    def load_data(self, **kwargs):
+        queries, corpus = (
+            {row["id"]: row["text"] for _, row in json_lines(self.path.with_name(name), id=str, text=str)}
+            for name in (self.path.name.replace("qrels", "queries"), "corpus.jsonl")
+        )
+        found = {}
+        for where, row in json_lines(self.path, qid=str, docid=str, relevance=int):
+            known = row["qid"] in queries and row["docid"] in corpus
+            expect(known, f"{where}: expected a query and a document of the files beside it, got {row}")
+            if row["relevance"] > 0:
+                found.setdefault(row["qid"], []).append(corpus[row["docid"]])
+        rows = [{"query": queries[query], "pos": texts} for query, texts in found.items()]
+        self.dataset, self.data_loaded = self.fill(rows + [{"doc": text} for text in corpus.values()]), True
+
+
+class AirLongDoc(Air):
+    main_score, measure = "recall_at_10", "recall_10"
 
 
 class Classification(Local, AbsTaskClassification):
@@ -120,9 +145,18 @@ class STS(Local, AbsTaskSTS):
         return lambda items, _: spearmanr(*pairs[:, items]).statistic, pairs.shape[1], 1
 
 
+def typos(text):
+    """Of a quarter of the words of four letters or more the second and third are swapped, always of the same ones."""
+    rng, word = random.Random(text), r"\b(\w)(\w)(\w)(?=\w)"
+    return re.sub(word, lambda m: m[1] + m[3] + m[2] if rng.random() < 0.25 else m[0], text)
+
+
+PERTURBED = {"typos": typos, "case": str.upper, "truncate": lambda text: text[: len(text) // 2]}
+
 TASKS = [  # name, type, file in data/eval, instruction (that of the training set of the same kind)
     ("SQuAD", Retrieval, "squad", "Given a question, retrieve passages that answer the question"),
     ("Wikipedia", Retrieval, "wikipedia", "Given a title, retrieve the encyclopedia article it names"),
+    ("Debian", Retrieval, "debian", "Given a short description, retrieve the software package it describes"),
     ("TREC", Classification, "trec", "Given a question, classify the type of answer it asks for"),
     ("SMSSpam", Classification, "spam", "Classify the given text message as spam or not spam"),
     ("Sentiment", Classification, "sentiment", "Classify the sentiment of the given text"),
@@ -137,13 +171,23 @@ def local_tasks(folder=FOLDER, limit=None):
     return [make_task(*task, path, limit) for task, path in zip(TASKS, paths) if path.exists()]
 
 
+def folder_tasks(folder):
+    """Every SPLIT_qrels.jsonl under a folder -> list of mteb tasks, named by their place there."""
+    paths = sorted(Path(folder).rglob("*qrels.jsonl"))
+    expect(paths, f"{folder}: expected SPLIT_qrels.jsonl, SPLIT_queries.jsonl and corpus.jsonl in it")
+    names = [re.sub(r"\W+", "-", str(path.relative_to(folder).with_suffix(""))) for path in paths]
+    kinds = [AirLongDoc if "long-doc" in str(path) else Air for path in paths]
+    return [make_task(*task, TASKS[0][-1], path, None) for *task, path in zip(names, kinds, names, paths)]
+
+
 def make_task(name, kind, file, instruction, path, limit):
+    revision = hashlib.sha256(path.read_bytes()).hexdigest()[:12] + (f"-{limit}" if limit else "")
     metadata = TaskMetadata(
         name=name,
-        type=kind.__name__,
+        type="Retrieval" if issubclass(kind, Retrieval) else kind.__name__,
         description=f"data/eval/{path.name}, see data/README.md",
-        prompt={"query": instruction} if kind is Retrieval else instruction,
-        dataset={"path": file, "revision": hashlib.sha256(path.read_bytes()).hexdigest()[:12]},
+        prompt={"query": instruction} if issubclass(kind, Retrieval) else instruction,
+        dataset={"path": file, "revision": revision},
         eval_langs=["eng-Latn"],
         main_score=kind.main_score,
     )

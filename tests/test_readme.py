@@ -89,7 +89,7 @@ def test_commands(project):
 
 
 def test_python(project, monkeypatch):
-    (code,) = blocks("python")
+    code, *_ = blocks("python")
     monkeypatch.chdir(project)
     (project / "runs" / "stage2").mkdir(parents=True, exist_ok=True)
     if not (project / "runs/stage2/config.json").exists():

@@ -439,6 +439,18 @@ def whole(recipe, tmp_path_factory):
     return run
 
 
+def test_kept_models(recipe, whole, tmp_path):
+    """--keep: a model for each checkpoint; the last one is the run's own, rounded as its base, the first another."""
+    run, fast = (
+        tmp_path / "run",
+        ("--save-every", "5", "--keep", "--dtype", "float32", "--export-dtype", "float32"),
+    )
+    assert command(recipe, *fast, "--out", run)[0] == 0
+    models = [NVEmbed.from_pretrained(run / name) for name in ("kept_000005", "kept_000010", ".")]
+    early, late, final = (model.encode(["the sun", "rises"]) for model in models)
+    assert abs(late - final).max() <= 1e-6 and abs(early - final).max() > 1e-3
+
+
 def test_log(whole):
     head, lines = json.loads((whole / "log.jsonl").read_text().splitlines()[0]), log(whole)
     assert {"versions", "hardware", "commit", "settings"} <= head.keys() and head["settings"]["steps"] == 10
