@@ -21,7 +21,7 @@ import re
 import subprocess
 import sys
 import threading
-import time
+import timeit
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -226,20 +226,18 @@ def shown(x, sign=""):
 def cost(encoder):
     """What a model needs, {column: figure}: its weights on disk and in memory, the speed with 256 descriptions of
     packages, the time of one alone (median of 16)."""
-    model, seconds, lines = encoder.model, [], json_lines(ROOT / "data/eval/debian.jsonl.gz", query=str)
+    model, lines = encoder.model, json_lines(ROOT / "data/eval/debian.jsonl.gz", query=str)
     texts = [row["query"] for _, row in itertools.islice(lines, 256)]
-    for batch in (texts[:16], texts, *([text] for text in texts[:16])):  # the first one warms up
-        start = time.perf_counter()
-        model.encode(batch)
-        seconds.append(time.perf_counter() - start)
+    batches = (texts[:16], texts, *([text] for text in texts[:16]))  # the first one warms up
+    seconds = [timeit.timeit(lambda: model.encode(batch), number=1) for batch in batches]
     files = sum(path.stat().st_size for path in encoder.folder.glob("*.safetensors"))
     held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    found = {"MB on disk": files / 1e6, "MB in memory": held / 1e6, "ms alone": 1000 * np.median(seconds[2:])}
-    found["tokens/s"] = sum(len(t.ids) for t in model.tokenize(texts)) / seconds[1]
-    return {name: f"{x:,.1f}" for name, x in found.items()}
+    speed = sum(len(t.ids) for t in model.tokenize(texts)) / seconds[1]
+    found = {"MB on disk": files / 1e6, "MB in memory": held / 1e6, "tokens/s": speed}
+    return {n: f"{x:,.1f}" for n, x in (found | {"ms alone": 1000 * np.median(seconds[2:])}).items()}
 
 
-def table(tasks, found, peers, short=False, costs=()):
+def table(tasks, found, peers, short=False, costs={}):
     """What `averaged` returns, {peer: published scores by row} -> Markdown: a row for each task, type and all, a
     column for each model, the last minus the first one and minus the peers. `short`: a line for each model and
     peer, by name, with the means only and what `cost` found."""
@@ -251,11 +249,8 @@ def table(tasks, found, peers, short=False, costs=()):
         bases[f"last - {peer}"] = found[peer]
     rows = [[name, *map(shown, column.values())] for name, column in found.items()]
     if short:
-        costs = costs or dict.fromkeys(found, {})
-        rows = sorted(
-            [Path(name).name, *scores[len(tasks) :], *costs[name].values()] for name, *scores in rows
-        )
-        rows.insert(0, ["run", *titles[len(tasks) :], *next(iter(costs.values()))])
+        rows = [[Path(name).name, *x[len(tasks) :], *costs.get(name, {}).values()] for name, *x in rows]
+        rows = [["run", *titles[len(tasks) :], *next(iter(costs.values()), {})], *sorted(rows)]
     else:
         for title, base in bases.items():
             apart = [last[row].mean(axis=0, keepdims=True) - base[row].mean(axis=0) for row in titles]
@@ -305,7 +300,8 @@ def execute(done, command):
         if not done.exists():
             env = os.environ | {"OMP_NUM_THREADS": "1"}
             code = subprocess.run(line, check=False, stdout=out, stderr=out, env=env, cwd=ROOT).returncode
-            expect(code == 0, f"{log}: exit status {code}: {' '.join(log.read_text().split())[-300:]}")
+            told = " ".join(log.read_text().split())[-300:]
+            expect(code == 0 and done.exists(), f"{log}: exit status {code}: {told}")
 
 
 def grid(args):
@@ -404,9 +400,7 @@ def work(args):
     runs = [path for path in ("runs/stage2", "runs/stage1") if Path(path, "config.json").exists()]
     cells, tasks = args.compare or args.plot, find_tasks(args.suite, args.task, args.limit)
     specs = [*dict.fromkeys(cells or args.model or runs[:1])]
-    expect(
-        specs or not tasks, "--model: expected a folder or hub id, as there is no runs/stage1 or stage2 yet"
-    )
+    expect(specs or not tasks, "--model: expected a folder or hub id, as there is no runs/stage2 or stage1")
     expect(args.corpus or args.plot or not args.search, "--search: expected --corpus FILE")
     models = {spec: load(spec, args) for spec in specs}
     if args.corpus:

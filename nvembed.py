@@ -36,7 +36,7 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 FAMILIES = ("mistral", "llama", "qwen2", "bidir_mistral")
 LATENT = {"num_latents_value": "num_latents"} | {n: n for n in ("num_cross_heads", "cross_dim_head")}
 FORMATS = {"int8": 127, "int4": 7, "int8-dynamic": 127, "fp8-dynamic": 448}  # their largest numbers
-PRUNING = ("magnitude", "wanda", "sparsegpt")
+KNOWN = {"pooling": POOLINGS, "quantize": (None, *FORMATS)}  # values of Config's fields
 DROPPED = re.compile(r"lm_head\.weight$|rotary_emb\.inv_freq$|^latent_attention_model\.")
 
 
@@ -104,12 +104,10 @@ class Config:
 
     def __post_init__(self):
         for field in fields(self):
-            value = getattr(self, field.name)
+            value, known = getattr(self, field.name), KNOWN.get(field.name)
             ok = isinstance(value, field.type) or (field.type is float and isinstance(value, int))
-            expect(ok, f"field '{field.name}': expected {field.type}, got {value!r}")
-        for name, known in (("pooling", POOLINGS), ("quantize", (None, *FORMATS))):
-            value = getattr(self, name)
-            expect(value in known, f"field '{name}': expected one of {known}, got {value!r}")
+            what, ok = (f"one of {known}", value in known) if known else (field.type, ok)
+            expect(ok, f"field '{field.name}': expected {what}, got {value!r}")
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         self.cross_dim_head = self.cross_dim_head or self.hidden_size
         self.keep_eos = self.pooling == "eos" if self.keep_eos is None else self.keep_eos
@@ -576,23 +574,21 @@ class NVEmbed(nn.Module):
                 layer = LatentAttention(config)
                 model.latent_attention_model = layer.to(device, dtype) if device else layer
         if device and config.quantize:
-            layer, x = (
-                model.embedding_model.layers[0].mlp.up_proj,
-                torch.zeros(1, config.hidden_size, device=device),
-            )
-            attempt(f"{folder}: {config.quantize} is not to be had on {device}", layer, x)
+            layer, x = model.embedding_model.layers[0].mlp.up_proj, torch.zeros(1, config.hidden_size)
+            attempt(f"{folder}: {config.quantize} on {device}", layer, x.to(device))
         if missing or left:
             print(f"{folder}: fresh: {missing[:1] or 'none'}; dropped: {left[:1] or 'none'}", file=sys.stderr)
         return model.eval()
 
     def save_pretrained(self, path, dtype=torch.bfloat16):
         """Writes a folder that `from_pretrained` loads, adapters merged in fp32: in the released layout where
-        the model fits it, else with model_type "nvembed-x" so that released code refuses it."""
-        path = Path(path)
+        the model fits it, else with model_type "nvembed-x" so that released code refuses it. dtype None: the
+        one that is computed in."""
+        path, dtype = Path(path), dtype or self.dtype
         path.mkdir(parents=True, exist_ok=True)
-        state = {name: tensor for name, tensor in self.state_dict().items() if ".lora_" not in name}
+        state = {name: t.contiguous() for name, t in self.state_dict().items() if ".lora_" not in name}
         state |= {f"{name}.weight": layer.merged() for name, layer in lora_layers(self).items()}
-        state = {name: cast(t.detach(), "cpu", dtype).contiguous() for name, t in state.items()}
+        state = {n: t.detach().to("cpu", dtype if t.itemsize > 1 else None) for n, t in state.items()}
         save_torch_state_dict(state, str(path), max_shard_size="5GB")
         self.tokenizer.save(str(path / "tokenizer.json"))
         for name, content in released_configs(self, path, dtype).items():
@@ -631,13 +627,8 @@ def read_weights(folder, device, dtype):
         for name, tensor in read_tensors(Path(folder, file)).items():
             if not name.startswith(("embedding_model.", "latent_attention_model.")):
                 name = "embedding_model." + name.removeprefix("model.")
-            state[name] = cast(tensor, device, dtype) if device else tensor
+            state[name] = tensor.to(device, dtype if tensor.itemsize > 1 else None) if device else tensor
     return state
-
-
-def cast(tensor, device, dtype):
-    """To a device and dtype; codes of one byte stay what they are."""
-    return tensor.to(device, dtype if tensor.dtype.itemsize > 1 else tensor.dtype)
 
 
 def released_configs(model, path, dtype):
@@ -666,50 +657,46 @@ def projections(module):
 
 
 @torch.no_grad()
-def calibrated(model, tokens, device, batch_tokens=16384):
-    """Goes through the decoder of a model that may lie elsewhere, one block at a time on `device`, for a caller who
-    changes it -> yields (block, grams, change): of each projection X^T X (in, in) of its inputs X, and the
-    sum of 1 - cosine of the states that enter and leave the block. The next block sees the states after the change.
-    Memory: the states of all tokens, one block, its grams."""
+def calibrated(model, tokens, batch_tokens=16384):
+    """Goes through the decoder block by block, for a caller who changes it -> yields (block, grams, change): of each
+    projection X^T X (in, in) of its inputs X, and the sum of 1 - cosine of the states that enter and leave the block.
+    The next block sees the states after the change. Memory: the model, the states of all tokens, a block's grams."""
     states = []
     for batch in pack(tokens, batch_tokens):
         lengths = tuple(len(tokens[i].ids) for i in batch)
         ids = torch.from_numpy(np.concatenate([tokens[i].ids for i in batch])).to(model.device)
-        x = model.embedding_model.embed_tokens(ids).to(device, model.dtype)
-        states.append((x, *rope(model.config, lengths, device, model.dtype), lengths))
+        x = model.embedding_model.embed_tokens(ids).to(model.dtype)
+        states.append((x, *rope(model.config, lengths, model.device, model.dtype), lengths))
     for block in tqdm(model.embedding_model.layers, desc="calibration", unit="block"):
-        home, change, grams = block.input_layernorm.weight.device, 0.0, {}
+        change, grams = 0.0, {}
 
         def add(layer, args):
-            x = args[0].float()
-            grams[layer] = grams.get(layer, 0) + x.mT @ x
+            grams[layer] = grams.get(layer, 0) + args[0].float().mT @ args[0].float()
 
-        hooks = [part[name].register_forward_pre_hook(add) for part, name in projections(block.to(device))]
+        hooks = [part[name].register_forward_pre_hook(add) for part, name in projections(block)]
         for x, *rest in states:
             change += (1 - F.cosine_similarity(x.float(), block(x, *rest).float(), dim=-1)).sum().item()
         for hook in hooks:
             hook.remove()
         yield block, grams, change
         states = [(block(*state), *state[1:]) for state in states]
-        block.to(home)
 
 
-def compress(model, tokens, change, device="cpu"):
+def compress(model, tokens, change):
     """Replaces the decoder's projections, block by block, by change(Linear, gram) -> layer: `prune` or `quantize`.
     gram is X^T X of the inputs for `tokens`; without tokens the identity: all inputs count the same."""
-    for block, grams, _ in calibrated(model, tokens, device):
+    for block, grams, _ in calibrated(model, tokens):
         for part, name in projections(block):
-            gram = grams.get(part[name], torch.eye(part[name].in_features, device=device))
+            gram = grams.get(part[name], torch.eye(part[name].in_features, device=model.device))
             part[name] = change(part[name], gram)
 
 
-def drop_blocks(model, tokens, count, device="cpu"):
+def drop_blocks(model, tokens, count):
     """Removes the `count` blocks that change the states least (ShortGPT, Men et al. 2024), measured in one pass of
     the whole model."""
     layers = model.embedding_model.layers
     expect(0 <= count < len(layers), f"drop_blocks: expected less than the {len(layers)} blocks, got {count}")
-    changes = np.array([change for _, _, change in calibrated(model, tokens, device)])
-    kept = np.sort(changes.argsort(kind="stable")[count:])
+    kept = sorted(np.argsort([change for _, _, change in calibrated(model, tokens)], kind="stable")[count:])
     model.embedding_model.layers = nn.ModuleList(layers[i] for i in kept)
     model.config.num_hidden_layers = len(kept)
 
@@ -723,16 +710,12 @@ def compensate(weight, gram, group, plan):
     w, kept, h = weight.float().clone(), weight != 0, gram.double().clone()
     h.diagonal().add_(0.01 * h.diagonal().mean())
     u = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True).float()
-    for start in range(0, w.shape[1], group):
-        part, rest = w[:, start : start + group], w[:, start + group :]  # views
-        own, errors = u[start : start + group, start : start + group], torch.empty_like(part)
-        replace = plan(part, own.diagonal())
-        for j in range(part.shape[1]):
-            new = replace(part[:, j], j) * kept[:, start + j]
-            errors[:, j] = (part[:, j] - new) / own[j, j]
-            part[:, j] = new
-            part[:, j + 1 :] -= torch.outer(errors[:, j], own[j, j + 1 :])
-        rest -= errors @ u[start : start + group, start + group :]
+    for i in range(w.shape[1]):
+        if i % group == 0:
+            replace = plan(w[:, i : i + group], u.diagonal()[i : i + group])
+        new = replace(w[:, i], i % group) * kept[:, i]
+        w[:, i + 1 :] -= torch.outer((w[:, i] - new) / u[i, i], u[i, i + 1 :])
+        w[:, i] = new
     return w
 
 
@@ -747,21 +730,20 @@ def largest(score, share, width):
 def prune(layer, gram, method, sparsity):
     """Sets a share of W to zero, or two in each four of a row ("2:4") -> layer. Compared are: magnitude |W|, wanda
     (Sun et al. 2023) |W| |X_j|, both in a row; sparsegpt (W / d)^2 in 128 columns."""
-    told = f"sparsity: expected a share between 0 and 1, or 2:4, got {sparsity!r}"
-    expect(re.fullmatch(r"0?\.\d*[1-9]\d*|2:4", sparsity), told)
-    expect(method in PRUNING, f"prune: expected one of {PRUNING}, got {method!r}")
-    share = float(sparsity.replace("2:4", "0.5"))
-    weight, four = layer.weight.float(), 4 if sparsity == "2:4" else None
+    asked = re.fullmatch(r"(magnitude|wanda|sparsegpt) (0?\.\d*[1-9]\d*|2:4)", f"{method} {sparsity}")
+    expect(
+        asked,
+        f"prune, sparsity: expected magnitude, wanda or sparsegpt; 0.x or 2:4; got {method}; {sparsity}",
+    )
+    weight, share, four = layer.weight.float(), float(sparsity.replace("2:4", "0.5")), 4 * (sparsity == "2:4")
 
     def plan(columns, d):
         mask = largest((columns / d) ** 2, share, four or columns.numel())
         return lambda column, j: column * mask[:, j]
 
-    if method == "sparsegpt":
-        weight = compensate(weight, gram, four or 128, plan)
-    else:
-        score = weight.abs() * (gram.diagonal().sqrt() if method == "wanda" else 1)
-        weight = weight * largest(score, share, four or len(gram))
+    score = weight.abs() * (gram.diagonal().sqrt() if method == "wanda" else 1)
+    plain = weight * largest(score, share, four or len(gram))
+    weight = compensate(weight, gram, four or 128, plan) if method == "sparsegpt" else plain
     layer.weight.data = weight.to(layer.weight.dtype)
     return layer
 
@@ -786,18 +768,15 @@ def compact(embeddings, form, dims=None):
     """Embeddings (B, D) for an index: their first `dims` numbers, as "int8" (B, dims), a row's largest being 127 (its
     length is not kept: cosines do not need it), or as "binary" (B, dims / 8), the signs."""
     x = embeddings[:, :dims]
-    if form == "binary":
-        return np.packbits(x > 0, axis=1)
-    return np.rint(127 / np.abs(x).max(axis=1, keepdims=True) * x).astype(np.int8)
+    codes = 127 / np.abs(x).max(axis=1, keepdims=True) * x
+    return np.packbits(x > 0, axis=1) if form == "binary" else np.rint(codes).astype(np.int8)
 
 
 def rescored(queries, bits, documents, k, factor=4):
     """The k best documents of each query -> cosines (B, k), indices (B, k), best first: factor x k by Hamming
     distance of the signs (Yamada et al. 2021), then by cosine. queries (B, D); bits (N, D / 8) and documents (N, D),
     floats or int8, as `compact` gives them."""
-    index = faiss.IndexBinaryFlat(8 * bits.shape[1])
-    index.add(bits)
-    _, found = index.search(compact(queries, "binary"), min(factor * k, len(bits)))
+    _, found = faiss.knn_hamming(compact(queries, "binary"), bits, min(factor * k, len(bits)))
     queries, near = (torch.from_numpy(x.astype(np.float32)) for x in (queries, documents[found]))
     scores, order = F.cosine_similarity(queries[:, None], near, dim=-1).topk(k)  # (B, k) of (B, factor k)
     return scores.numpy(), np.take_along_axis(found, order.numpy(), axis=1)
@@ -812,9 +791,8 @@ def add_lora(model, rank=16, alpha=32, dropout=0.1, targets=PROJECTIONS):
     expect(not lora_layers(model), "add_lora: there is an adapter already: merge it by save_pretrained first")
     for layer in model.embedding_model.layers:
         layer.lora_dropout = dropout
-    for name, module in model.embedding_model.named_modules():
-        if isinstance(module, Linear) and name.rpartition(".")[2] in targets:
-            module.adapt(rank, alpha)
+    for layer in (part[name] for part, name in projections(model) if name in targets):
+        layer.adapt(rank, alpha)
 
 
 def save_adapter(model, path, base):

@@ -3,7 +3,7 @@
     torchrun train.py --stage 1                                  retrieval, in-batch negatives -> runs/stage1
     torchrun train.py --stage 2                                  all tasks, in-batch off       -> runs/stage2
     torchrun train.py --stage 3                                  prune, then recover by distillation -> runs/stage3
-    torchrun train.py --stage 3 --quantize int4 --init runs/stage2                             -> runs/stage3-int4
+    torchrun train.py --stage 3 --quantize int4 --init runs/stage3 --out runs/int4
     torchrun train.py --data my.jsonl --init nvidia/NV-Embed-v2  own rows                      -> runs/my
     torchrun --nproc-per-node 8 train.py --stage 1               the same steps on 8 ranks, weights sharded
 
@@ -78,8 +78,7 @@ class Settings:
     drop_blocks: int = 0  # blocks that are left out, those which change the states least
     quantize: str = "none"  # one of nvembed.FORMATS: stage 3 does this alone, nothing is pruned or trained
     calibration: int = 128  # rows whose texts are read for pruning and rounding; 0: quantised to nearest
-    distill_embeddings: float = 0.0  # weight of 1 - cosine to the model before pruning
-    distill_scores: float = 0.0  # weight of the divergence from its distribution over the batch's documents
+    distill: float = 0.0  # weight of the distillation from the model as it was before pruning
     held_out: int = 64  # rows of each set kept from training for the held-out loss
     eval_every: int = 100
     save_every: int = 50
@@ -273,14 +272,12 @@ def queries_documents(embeddings, batch):
 def distillation(embeddings, target, batch, s):
     """How far this rank's embeddings are from the teacher's, `target`, both (number of texts, D) -> scalar: the mean
     of 1 - cosine over the batch's texts, and over its queries KL(teacher || student) of the softmax of the scores
-    of all valid documents of the batch; both losses and their weights are ours."""
-    valid, log_p = batch.valid.flatten().to(embeddings.device), []
-    for q_bD, d_BND in (queries_documents(x, batch) for x in (embeddings, target)):
-        scores = q_bD @ d_BND.flatten(0, 1)[valid].T / s.temperature  # (b, valid documents)
-        log_p.append(scores.log_softmax(dim=1))
+    of all valid documents of the batch; both losses are ours."""
+    valid = batch.valid.flatten().to(embeddings.device)
+    pairs = (queries_documents(x, batch) for x in (embeddings, target))
+    log_p = [(q @ d.flatten(0, 1)[valid].T / s.temperature).log_softmax(dim=1) for q, d in pairs]  # (b, M)
     apart = (1 - (embeddings * target).sum(dim=1)).sum() * world() / (len(batch.valid) + valid.sum())
-    kl = F.kl_div(*log_p, reduction="batchmean", log_target=True)
-    return s.distill_embeddings * apart + s.distill_scores * kl
+    return s.distill * (apart + F.kl_div(*log_p, reduction="batchmean", log_target=True))
 
 
 def batch_loss(embeddings, batch, s, target=None):
@@ -354,8 +351,7 @@ def load(init, s, device):
     dtypes["auto"] = nvembed.fast_dtype(device)
     for name, value in (("dtype", s.dtype), ("export_dtype", s.export_dtype)):
         expect(value in dtypes, f"{name}: expected one of {list(dtypes)}, got {value!r}")
-    how = {"dtype": dtypes[s.dtype], "causal": s.causal, "pooling": s.pooling}
-    model = NVEmbed.from_pretrained(resolve(init), None, **how)
+    model = NVEmbed.from_pretrained(resolve(init), None, dtypes[s.dtype], causal=s.causal, pooling=s.pooling)
     expect(not model.config.quantize, f"{init}: is quantised: expected a model to train or to compress")
     return model
 
@@ -385,8 +381,7 @@ def build(init, s, device, sharded=True):
     expect(s.micro_tokens >= s.max_length, f"micro_tokens: expected at least a text's {s.max_length} tokens")
     torch.manual_seed(s.seed)
     model = load(base, s, device).requires_grad_(not s.lora_rank)
-    dropped = s.lora_dropout if model.config.pruned and s.lora_rank else 0
-    expect(not dropped, f"lora_dropout: expected 0 for a pruned model, got {dropped}")
+    expect(not (model.config.pruned and s.lora_rank and s.lora_dropout), "lora_dropout: expected 0 (pruned)")
     if s.lora_rank:
         nvembed.add_lora(model, s.lora_rank, s.lora_alpha, s.lora_dropout)
     for part, name in nvembed.projections(model):
@@ -395,8 +390,7 @@ def build(init, s, device, sharded=True):
         block.recompute = s.recompute
     if s.compile:
         model.compile_blocks()
-    for pooling in [*model.children()][1:]:
-        pooling.requires_grad_(True)
+    torch.nn.ModuleList([*model.children()][1:]).requires_grad_(True)  # the pooling
     place(model, s, torch.device(device), sharded)
     if latest.exists():
         load_tensors(trained(model), checkpoint(init) / "trained.safetensors")
@@ -407,37 +401,28 @@ def compress(run, init, datasets, s, device):
     """What stage 3 begins with: prunes a model into run/pruned, or quantises it into `run`, by calibration on the
     first rows of a schedule; a run that has begun is not pruned again -> folder of the compressed model. All ranks
     do it, on rows of their own, and rank 0's is written: the same on any number of ranks."""
-    form, rows = None if s.quantize == "none" else s.quantize, [d.rows for d in datasets]
-    folder, change = (
-        run if form else run / "pruned",
-        {"quantize": form} if form else {"pruned": s.prune != "none"},
-    )
+    rounds, rows = s.quantize != "none", [d.rows for d in datasets]
+    folder = run / "pruned" if s.steps and not rounds else run
     if (run / "latest").exists():
-        expect(not form, f"{run}: is a training run; expected another --out for --quantize")
+        expect(folder != run, f"{run}: is a training run; expected another --out where nothing is trained")
         return folder
-    expect(form or s.calibration > 0, f"calibration: expected at least 1 row, got {s.calibration}")
-    model, tokens = load(init, s, device), []
-    if s.calibration:
-        sizes = [len(part) for part in rows]
-        count = world() * min(s.calibration, sum(sizes) // world())
+    model, sizes, tokens = load(init, s, device).to(device), [*map(len, rows)], []
+    if count := world() * min(s.calibration, sum(sizes) // world()):
         places = schedule(sizes, replace(s, batch=count, batching="blended"), 0)
-        batch = make_batch(model, drawn(rows, datasets, places, s), s, known_positives(datasets))
-        tokens = batch.tokens
-    if s.drop_blocks and not form:
-        nvembed.drop_blocks(model, tokens, s.drop_blocks, device)
-    model.config = replace(model.config, **change)
-    how = functools.partial(nvembed.prune, method=s.prune, sparsity=s.sparsity)
-    if form or s.prune != "none":
-        how = functools.partial(nvembed.quantize, form=form) if form else how
-        nvembed.compress(model, tokens, how, device)
+        tokens = make_batch(model, drawn(rows, datasets, places, s), s, known_positives(datasets)).tokens
+    expect(tokens or rounds, f"calibration: expected at least 1 row to prune by, got {s.calibration}")
+    if rounds:
+        model.config = replace(model.config, quantize=s.quantize)
+        nvembed.compress(model, tokens, lambda *layer: nvembed.quantize(*layer, s.quantize))
+    if s.drop_blocks and not rounds:
+        nvembed.drop_blocks(model, tokens, s.drop_blocks)
+    if s.prune != "none" and not rounds:
+        model.config.pruned = True
+        nvembed.compress(model, tokens, lambda *layer: nvembed.prune(*layer, s.prune, s.sparsity))
     if rank() == 0:
-        model.save_pretrained(folder, stored(model, s))
+        model.save_pretrained(folder, getattr(torch, s.export_dtype, None))
     reduced([0], device)  # the folder is there
     return folder
-
-
-def stored(model, s):
-    return model.dtype if s.export_dtype == "auto" else getattr(torch, s.export_dtype)
 
 
 def trained(model):
@@ -622,9 +607,8 @@ def train_step(model, optimizer, batch, s, step, teacher=None):
     """One optimizer step -> its log record, without times."""
     optimizer.param_groups[0]["lr"] = rate = learning_rate(s, step)
     key, target = (s.seed, step, rank()), None
-    if teacher:
-        with torch.no_grad():
-            target = embed(teacher, batch.tokens, micro_batches(teacher, batch.tokens, s.micro_tokens), key)
+    if teacher:  # frozen: no graph
+        target = embed(teacher, batch.tokens, micro_batches(teacher, batch.tokens, s.micro_tokens), key)
     out = backward(model, batch.tokens, lambda e: batch_loss(e, batch, s, target), s.micro_tokens, key)
     norm = torch.nn.utils.clip_grad_norm_(trained(model).values(), s.clip)
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
@@ -641,23 +625,20 @@ def speed(model, batch, s, seconds, peak):
     are not counted."""
     (rate,) = reduced([sum(len(t.ids) for t in batch.tokens) / seconds], model.device)
     weights = sum(p.numel() for p in model.parameters()) - model.embedding_model.embed_tokens.weight.numel()
-    flops = 4 + 2 * (len(pack(batch.tokens, s.micro_tokens)) > 1) + 2 * (s.lora_rank == 0)
-    flops += 2 * (s.distill_embeddings + s.distill_scores > 0)
+    flops = 4 + 2 * ((len(pack(batch.tokens, s.micro_tokens)) > 1) + (s.lora_rank == 0) + (s.distill > 0))
     share = flops * weights * rate / peak / world()
     return {"tokens_per_s": rate, "share_of_peak": share, "memory_gib": peak_memory_gib()}
 
 
 def train(run, init, datasets, s, device, board=None):
     """Trains, resumes or finishes one stage in the folder `run`, which ends up as a loadable model."""
-    settings, stop, start = asdict(s) | {"init": str(init)}, [], init
-    if s.prune != "none" or s.drop_blocks or s.quantize != "none":
-        start = compress(run, init, datasets, s, device)
-    if s.quantize != "none":
-        return tell(f"{run}: quantised to {s.quantize}")
+    settings, stop = asdict(s) | {"init": str(init)}, []
+    compressed = s.prune != "none" or s.drop_blocks or s.quantize != "none"
+    start = compress(run, init, datasets, s, device) if compressed else init
+    if start == run:
+        return tell(f"{run}: compressed, not trained")
     model, base = build(start, s, device)
-    teacher = None
-    if s.distill_embeddings + s.distill_scores > 0 and s.steps:
-        teacher = place(load(init, s, device).requires_grad_(False), s, device)
+    teacher = place(load(init, s, device).requires_grad_(False), s, device) if s.distill else None
     optimizer = torch.optim.AdamW(trained(model).values(), lr=s.lr, weight_decay=s.weight_decay, fused=True)
     done = resume(run, settings, model, optimizer)
     if done == s.steps and (run / "config.json").exists():
@@ -670,8 +651,6 @@ def train(run, init, datasets, s, device, board=None):
     log, peak = (open_log(run, describe(s, base, datasets), done), board), measured_peak(device, model.dtype)
     for number in (signal.SIGTERM, signal.SIGINT):  # finish the step, save, exit 0
         signal.signal(number, lambda *_: stop.append(True))
-    if not s.steps:  # pruned only
-        save_checkpoint(run, 0, model, optimizer, {"step": 0, "base": base, "settings": settings})
     if not done:
         write_log(log, {"step": 0} | held_out(model, datasets, s, positives))
     model.train()
@@ -710,7 +689,7 @@ def export(run, s, datasets, device):
     texts = [row["pos"][0] for dataset in datasets for row in (dataset.held_out or dataset.rows)[:16]]
     if s.lora_rank and not model.config.pruned:  # PEFT would fill the zeros
         nvembed.save_adapter(model.eval(), run / "adapter", base)
-    model.save_pretrained(run, stored(model, s))
+    model.save_pretrained(run, getattr(torch, s.export_dtype, None))
     model.dtype = torch.float32  # both in fp32 arithmetic: what is left is the rounding of the merged weights
     merged = NVEmbed.from_pretrained(run, device, torch.float32)
     cosine = (model.encode(texts) * merged.encode(texts)).sum(axis=1)
@@ -745,8 +724,7 @@ def main():
     args = parser.parse_args()
     recipe = read_recipe(args.recipe)
     s = read_settings(recipe, args.recipe, args.stage, vars(args))
-    entries, stage = recipe["datasets"], min(args.stage, 2)  # stage 3 has the rows of stage 2
-    name = f"stage{args.stage}" + f"-{s.quantize}" * (s.quantize != "none")
+    entries, name, stage = recipe["datasets"], f"stage{args.stage}", min(args.stage, 2)  # 3: rows of stage 2
     if args.data:
         name = Path(args.data).name.removesuffix(".gz").removesuffix(".jsonl")
         entries = [{"name": name, "file": args.data, "stages": [stage], "instruction": ""}]
