@@ -732,8 +732,7 @@ def prune(layer, gram, method, sparsity):
     (Sun et al. 2023) |W| |X_j|, both in a row; sparsegpt (W / d)^2 in 128 columns."""
     asked = re.fullmatch(r"(magnitude|wanda|sparsegpt) (0?\.\d*[1-9]\d*|2:4)", f"{method} {sparsity}")
     expect(
-        asked,
-        f"prune, sparsity: expected magnitude, wanda or sparsegpt; 0.x or 2:4; got {method}; {sparsity}",
+        asked, f"prune, sparsity: expected magnitude, wanda, sparsegpt; 0.x, 2:4: got {method}; {sparsity}"
     )
     weight, share, four = layer.weight.float(), float(sparsity.replace("2:4", "0.5")), 4 * (sparsity == "2:4")
 
