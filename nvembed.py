@@ -731,9 +731,7 @@ def prune(layer, gram, method, sparsity):
     """Sets a share of W to zero, or two in each four of a row ("2:4") -> layer. Compared are: magnitude |W|, wanda
     (Sun et al. 2023) |W| |X_j|, both in a row; sparsegpt (W / d)^2 in 128 columns."""
     asked = re.fullmatch(r"(magnitude|wanda|sparsegpt) (0?\.\d*[1-9]\d*|2:4)", f"{method} {sparsity}")
-    expect(
-        asked, f"prune, sparsity: expected magnitude, wanda, sparsegpt; 0.x, 2:4: got {method}; {sparsity}"
-    )
+    expect(asked, f"prune: expected magnitude, wanda or sparsegpt, 0.x or 2:4, got {method}, {sparsity}")
     weight, share, four = layer.weight.float(), float(sparsity.replace("2:4", "0.5")), 4 * (sparsity == "2:4")
 
     def plan(columns, d):

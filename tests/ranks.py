@@ -36,8 +36,20 @@ def gradients(folder, job):
     calls = []
     model.register_forward_hook(lambda *_: calls.append(1))
     key = (s.seed, 0, train.rank())
+    target = None
+    if s.distill:
+        teacher = train.place(train.load(job["teacher"], s, "cpu").requires_grad_(False), s, train.join())
+        teacher.dtype = model.dtype
+        parts = train.micro_batches(teacher, batch.tokens, s.micro_tokens)
+        target = train.embed(teacher, batch.tokens, parts, key)
+    calls.clear()
     out = train.backward(
-        model, batch.tokens, lambda e: train.batch_loss(e, batch, s), s.micro_tokens, key, job["cached"]
+        model,
+        batch.tokens,
+        lambda e: train.batch_loss(e, batch, s, target),
+        s.micro_tokens,
+        key,
+        job["cached"],
     )
     found = {name: p.grad for name, p in train.trained(model).items()}
     found = {n: g.full_tensor() if isinstance(g, train.DTensor) else g for n, g in found.items()}

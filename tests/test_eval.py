@@ -631,13 +631,14 @@ def test_declared_cells_are_recipes_and_have_the_papers_rows():
         "labels",
         "mining",
         "data",
+        "compression",
     ]
     assert len(declared["grids"]["pooling"]) == 16  # four poolings, two masks, after each of two stages
     recipe = evaluation.read_recipe(ROOT / "data" / "local.json", declared["preset"])
     names, known = {d["name"] for d in recipe["datasets"]}, {field.name for field in fields(train.Settings)}
     for cell in declared["cells"].values():
         assert cell.keys() <= {"stages", "settings", "without", "labels", "mine"}
-        assert set(cell.get("without", [])) < names and all(stage in (1, 2) for stage, _ in cell["stages"])
+        assert set(cell.get("without", [])) < names and all(stage in (1, 2, 3) for stage, _ in cell["stages"])
         assert {*cell.get("settings", {}), *(key for _, given in cell["stages"] for key in given)} <= known
     printed = evaluation.PUBLISHED["ablations"]
     assert {c for c in declared["grids"]["pooling"] if not c.endswith("stage1")} <= printed.keys()
