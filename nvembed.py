@@ -561,8 +561,7 @@ class NVEmbed(nn.Module):
             model = cls(config, read_tokenizer(folder, config), dtype)
         state = read_weights(folder, device, dtype)
         for name, t in model.state_dict().items():  # loading compares names and shapes, not codes
-            got = state.get(name, t).dtype
-            fits = got == t.dtype or min(got.itemsize, t.itemsize) > 1
+            fits = (got := state.get(name, t).dtype) == t.dtype or min(got.itemsize, t.itemsize) > 1
             expect(fits, f"{folder}: tensor '{name}': expected {t.dtype} ({config.quantize}), got {got}")
         missing, left = attempt(folder, model.load_state_dict, state, strict=False, assign=True)
         unknown = [name for name in left if not DROPPED.search(name)]
