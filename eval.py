@@ -136,6 +136,7 @@ def serve():
         options, texts, task = request[0]
         encoder = encoder if encoder and encoder.options == options else Encoder(*options)
         encoder.share(texts, task)
+    dist.destroy_process_group()
 
 
 def content_hash(folder):
@@ -400,7 +401,7 @@ def work(args):
     runs = [path for path in ("runs/stage2", "runs/stage1") if Path(path, "config.json").exists()]
     cells, tasks = args.compare or args.plot, find_tasks(args.suite, args.task, args.limit)
     specs = [*dict.fromkeys(cells or args.model or runs[:1])]
-    expect(specs or not tasks, "--model: expected a folder or hub id, as there is no runs/stage2 or stage1")
+    expect(specs or not tasks, "--model: expected a folder or hub id; there is no runs/stage1 or stage2 yet")
     expect(args.corpus or args.plot or not args.search, "--search: expected --corpus FILE")
     models = {spec: load(spec, args) for spec in specs}
     if args.corpus:
@@ -427,6 +428,7 @@ def main():
     (grid if args.grid else work)(args)
     if ranks > 1:
         dist.broadcast_object_list([None])
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

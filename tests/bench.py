@@ -371,7 +371,7 @@ def growth(args):
         wide = (4, width, 3 * width, width // 64, max(1, width // 256), 49152, 64)
         wide = random_model(wide, torch.bfloat16, tokenizer, pooling="mean").compile_blocks()
         print(f"width {width}, 4 layers: {rate(wide, 128, 128)} tokens/s", flush=True)
-    model = random_model("tiny", torch.bfloat16, tokenizer, pooling="mean")
+    model = random_model((*SHAPES["tiny"][:5], 49152, 64), torch.bfloat16, tokenizer, pooling="mean")
     for count in (1000, 10000, 100000):
         some = [" ".join(words[i % 50000 :][: 4 + i % 9]) for i in range(count)]
         (before, _), start = memory(torch.device("cpu")), time.perf_counter()

@@ -17,8 +17,8 @@ from data import prepare
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SMALL = {  # what is added to a command, by its first words
-    "torchrun train.py --stage": "--steps 2 --batch 4 --no-compile",
-    "torchrun train.py --data": "--steps 2 --batch 4 --no-compile",
+    "torchrun train.py --stage": "--steps 2 --batch 4 --no-compile --held-out 1",
+    "torchrun train.py --data": "--steps 2 --batch 4 --no-compile --held-out 1",
     "python eval.py": "--limit 8",
 }
 
