@@ -606,10 +606,9 @@ def drawn(rows, datasets, places, s):
 def train_step(model, optimizer, batch, s, step, teacher=None):
     """One optimizer step -> its log record, without times."""
     optimizer.param_groups[0]["lr"] = rate = learning_rate(s, step)
-    key, target = (s.seed, step, rank()), None
-    if teacher:  # frozen: no graph
-        target = embed(teacher, batch.tokens, micro_batches(teacher, batch.tokens, s.micro_tokens), key)
-    out = backward(model, batch.tokens, lambda e: batch_loss(e, batch, s, target), s.micro_tokens, key)
+    key, tokens = (s.seed, step, rank()), batch.tokens
+    target = teacher and embed(teacher, tokens, micro_batches(teacher, tokens, s.micro_tokens), key)
+    out = backward(model, tokens, lambda e: batch_loss(e, batch, s, target), s.micro_tokens, key)
     norm = torch.nn.utils.clip_grad_norm_(trained(model).values(), s.clip)
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
     loss, accuracy = (value / world() for value in reduced([out[0].item(), out[1].item()], model.device))

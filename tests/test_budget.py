@@ -11,7 +11,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-BUDGET = {"nvembed.py": 604, "train.py": 534, "mine.py": 200, "eval.py": 312}
+BUDGET = {"nvembed.py": 604, "train.py": 533, "mine.py": 200, "eval.py": 313}
 DATA = 972  # data/*.py together
 LONGEST = 60
 ALLOWED = {"nvembed.py": set(), "data": {"nvembed", "data"}} | dict.fromkeys(

@@ -262,8 +262,8 @@ def test_presets(tmp_path):
     for bad, message in (
         ({"small": {"bases": ""}}, ": presets: small: unknown field 'bases'"),
         (
-            {"small": {"stages": {"3": {}}}},
-            r": presets: small: stage 3: expected an object of one of \['1', '2'\]",
+            {"small": {"stages": {"4": {}}}},
+            r": presets: small: stage 4: expected an object of one of \['1', '2', '3'\]",
         ),
         ({}, r": expected a preset of \[\], got 'small'"),
     ):
