@@ -306,7 +306,7 @@ def execute(done, command):
 
 def grid(args):
     """Runs a grid of data/ablations.json, or all, args.jobs commands at once; given again it goes on. Its
-    cells are folders with a link to the run of every seed. Then compares them."""
+    cells are folders with a link to the run of every seed. Then compares them, with the other flags as given."""
     declared, folder = read_json(ROOT / "data" / "ablations.json"), Path(args.out).resolve() / "ablations"
     cells = [cell for key, names in declared["grids"].items() if args.grid in (key, "all") for cell in names]
     expect(cells, f"--grid {args.grid}: expected all or one of {list(declared['grids'])}")
@@ -314,7 +314,7 @@ def grid(args):
     todo = [*itertools.product(cells, range(declared["seeds"]), [declared])]
     with ThreadPoolExecutor(args.jobs) as pool:
         list(tqdm(pool.map(train_cell, *zip(*todo)), total=len(todo), desc=f"grid {args.grid}"))
-    work(flags([*declared["evaluation"], "--out", args.out, "--compare", *map(str, cells)]))
+    work(flags([*declared["evaluation"], "--compare", *map(str, cells)], args))
 
 
 # ---- to look at
@@ -373,7 +373,7 @@ def search(model, question, path):
 # ---- the command
 
 
-def flags(line=None):
+def flags(line=None, given=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     flag = parser.add_argument
     flag("--task", default="all", help="all (default), a task type or the name of a task")
@@ -393,7 +393,7 @@ def flags(line=None):
     flag("--plot", nargs="+", metavar="RUN", help="loss, means and latent map of runs to OUT/plot.png")
     flag("--search", metavar="TEXT", help="the best documents of --corpus; with --plot the text of the map")
     flag("--corpus", metavar="FILE", help='.jsonl or .jsonl.gz, each line with a "text"')
-    return parser.parse_args(line)
+    return parser.parse_args(line, given)
 
 
 def work(args):
