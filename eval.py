@@ -257,7 +257,7 @@ def table(tasks, found, peers, short=False, costs={}):
             rows += [[title, *(shown(x, "+") for x in apart)]] if base is not last else []
         metrics = [task.metadata.main_score for task in tasks] + [""] * (len(titles) - len(tasks))
         rows = [*zip(["task", *titles], ["main score x 100", *metrics], *rows)]
-    widths = [max(map(len, column)) for column in zip(*rows)]
+    widths = [max(map(len, column)) for column in itertools.zip_longest(*rows, fillvalue="")]
     rows.insert(1, ["-" * width for width in widths])
     return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows)
 
@@ -410,8 +410,8 @@ def work(args):
         found, paper = averaged(tasks, found), PUBLISHED["ablations"] if cells else {}
         peers = {f"{spec}, paper": paper[Path(spec).name] for spec in specs if Path(spec).name in paper}
         peers |= PUBLISHED["suites"].get(args.suite, {}) if args.task == "all" else {}
-        costs = {spec: cost(models[spec][0]) for spec in specs if args.cost}
-        print(table(tasks, found, {} if args.cost else peers, bool(cells), costs))
+        costs = {s: cost(m) for s, (m, *_) in models.items() if args.cost and not getattr(m, "peer", True)}
+        print(table(tasks, found, {} if args.cost else peers, bool(cells or args.cost), costs))
         if args.drift:
             drift(models, next(task for task in tasks if task.metadata.type == "Retrieval"))
         if args.plot:

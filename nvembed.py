@@ -687,7 +687,7 @@ def compress(model, tokens, change):
     gram is X^T X of the inputs for `tokens`; without tokens the identity: all inputs count the same."""
     for block, grams, _ in calibrated(model, tokens):
         for part, name in projections(block):
-            gram = grams.get(part[name], torch.eye(part[name].in_features, device=model.device))
+            gram = grams[part[name]] if grams else torch.eye(part[name].in_features, device=model.device)
             part[name] = change(part[name], gram)
 
 
@@ -708,7 +708,7 @@ def compensate(weight, gram, group, plan):
     columns plan(columns (out, n), d (n,)) -> replace(column (out,), its index) -> (out,), d the factor's diagonal:
     an error e costs (e / d)^2. Weights that are zero stay zero."""
     w, kept, h = weight.float().clone(), weight != 0, gram.double().clone()
-    h.diagonal().add_(0.01 * h.diagonal().mean())
+    h.diagonal().add_(0.01 * h.diagonal().mean() + 1e-9)
     u = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True).float()
     for i in range(w.shape[1]):
         if i % group == 0:
@@ -764,18 +764,18 @@ def quantize(layer, gram, form):
 def compact(embeddings, form, dims=None):
     """Embeddings (B, D) for an index: their first `dims` numbers, as "int8" (B, dims), a row's largest being 127 (its
     length is not kept: cosines do not need it), or as "binary" (B, dims / 8), the signs."""
-    x = embeddings[:, :dims]
-    codes = 127 / np.abs(x).max(axis=1, keepdims=True) * x
-    return np.packbits(x > 0, axis=1) if form == "binary" else np.rint(codes).astype(np.int8)
+    x = embeddings[:, :dims] / np.abs(embeddings[:, :dims]).max(axis=1, keepdims=True).clip(1e-9)
+    return {"binary": np.packbits(x > 0, axis=1), "int8": np.rint(127 * x).astype(np.int8)}[form]
 
 
 def rescored(queries, bits, documents, k, factor=4):
     """The k best documents of each query -> cosines (B, k), indices (B, k), best first: factor x k by Hamming
-    distance of the signs (Yamada et al. 2021), then by cosine. queries (B, D); bits (N, D / 8) and documents (N, D),
-    floats or int8, as `compact` gives them."""
-    _, found = faiss.knn_hamming(compact(queries, "binary"), bits, min(factor * k, len(bits)))
-    queries, near = (torch.from_numpy(x.astype(np.float32)) for x in (queries, documents[found]))
-    scores, order = F.cosine_similarity(queries[:, None], near, dim=-1).topk(k)  # (B, k) of (B, factor k)
+    distance of the signs (Yamada et al. 2021), then by cosine. queries (B, D or more), of which the first D are used;
+    bits (N, D / 8) and documents (N, D), floats or int8, as `compact` gives them."""
+    signs = compact(queries, "binary", documents.shape[1])
+    found = faiss.knn_hamming(signs, bits, min(factor * k, len(bits)))[1]  # (B, factor k)
+    query, near = (torch.from_numpy(x.astype(np.float32)) for x in (queries[:, None], documents[found]))
+    scores, order = F.cosine_similarity(query[..., : near.shape[2]], near, dim=-1).topk(min(k, len(bits)))
     return scores.numpy(), np.take_along_axis(found, order.numpy(), axis=1)
 
 

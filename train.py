@@ -76,7 +76,7 @@ class Settings:
     prune: str = "none"  # what stage 3 begins with: "magnitude", "wanda" or "sparsegpt"
     sparsity: str = "0.5"  # share of the decoder's weights that become zero, or "2:4"
     drop_blocks: int = 0  # blocks that are left out, those which change the states least
-    quantize: str = "none"  # one of nvembed.FORMATS: stage 3 does this alone, nothing is pruned or trained
+    quantize: str = "none"  # one of nvembed.FORMATS: stage 3 prunes and trains nothing then
     calibration: int = 128  # rows whose texts are read for pruning and rounding; 0: quantised to nearest
     distill: float = 0.0  # weight of the distillation from the model as it was before pruning
     held_out: int = 64  # rows of each set kept from training for the held-out loss
@@ -352,7 +352,7 @@ def load(init, s, device):
     for name, value in (("dtype", s.dtype), ("export_dtype", s.export_dtype)):
         expect(value in dtypes, f"{name}: expected one of {list(dtypes)}, got {value!r}")
     model = NVEmbed.from_pretrained(resolve(init), None, dtypes[s.dtype], causal=s.causal, pooling=s.pooling)
-    expect(not model.config.quantize, f"{init}: is quantised: expected a model to train or to compress")
+    expect(not (model.config.quantize or nvembed.lora_layers(model)), f"{init}: expected plain weights")
     return model
 
 
@@ -407,15 +407,15 @@ def compress(run, init, datasets, s, device):
         expect(folder != run, f"{run}: is a training run; expected another --out where nothing is trained")
         return folder
     model, sizes, tokens = load(init, s, device).to(device), [*map(len, rows)], []
-    if count := world() * min(s.calibration, sum(sizes) // world()):
+    if count := world() * max(0, min(s.calibration, sum(sizes) // world())):
         places = schedule(sizes, replace(s, batch=count, batching="blended"), 0)
         tokens = make_batch(model, drawn(rows, datasets, places, s), s, known_positives(datasets)).tokens
     expect(tokens or rounds, f"calibration: expected at least 1 row to prune by, got {s.calibration}")
+    if s.drop_blocks:
+        nvembed.drop_blocks(model, tokens, s.drop_blocks)
     if rounds:
         model.config = replace(model.config, quantize=s.quantize)
         nvembed.compress(model, tokens, lambda *layer: nvembed.quantize(*layer, s.quantize))
-    if s.drop_blocks and not rounds:
-        nvembed.drop_blocks(model, tokens, s.drop_blocks)
     if s.prune != "none" and not rounds:
         model.config.pruned = True
         nvembed.compress(model, tokens, lambda *layer: nvembed.prune(*layer, s.prune, s.sparsity))
@@ -633,7 +633,7 @@ def train(run, init, datasets, s, device, board=None):
     """Trains, resumes or finishes one stage in the folder `run`, which ends up as a loadable model."""
     settings, stop = asdict(s) | {"init": str(init)}, []
     compressed = s.prune != "none" or s.drop_blocks or s.quantize != "none"
-    start = compress(run, init, datasets, s, device) if compressed else init
+    start = nvembed.attempt(str(run), compress, run, init, datasets, s, device) if compressed else init
     if start == run:
         return tell(f"{run}: compressed, not trained")
     model, base = build(start, s, device)

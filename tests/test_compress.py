@@ -470,6 +470,8 @@ def test_dynamic_products_are_those_of_the_codes():
         (["--drop-blocks", 3], "drop_blocks: expected less than the 3 blocks, got 3"),
         (["--quantize", "int3"], "field 'quantize': expected one of (None, 'int8'"),
         (["--lora-dropout", 0.1], "lora_dropout: expected 0"),
+        (["--calibration", -5], "calibration: expected at least 1 row to prune by, got -5"),
+        (["--quantize", "int8", "--drop-blocks", 99], "drop_blocks: expected less than the 3 blocks, got 99"),
     ],
 )
 def test_bad_settings(three, tmp_path, flags, message):
@@ -484,7 +486,13 @@ def test_runs_are_not_overwritten_and_codes_not_trained(three, quantised, tmp_pa
         command(three[0], "--stage", 3, "--init", three[1], "--quantize", "int8", "--out", three[1])
     )
     result = command(three[0], "--init", quantised["int8"][0], "--out", tmp_path / "run")
-    assert "is quantised: expected a model to train" in told(result)
+    assert "expected plain weights" in told(result)
+    adapted = NVEmbed.from_pretrained(three[1])
+    nvembed.add_lora(adapted, 4, 8, 0.0)
+    nvembed.save_adapter(adapted, tmp_path / "adapter", str(three[1]))
+    shutil.copy(three[1] / "tokenizer.json", tmp_path / "adapter")
+    result = stage3(three, tmp_path / "pruned", "--init", tmp_path / "adapter")
+    assert "expected plain weights" in told(result)
 
 
 # ------------------------------------------------------------------------------------------------- for an index
@@ -537,6 +545,12 @@ def test_binary_search_with_rescoring():
     scores, ids = found[16]
     assert (np.diff(scores, axis=1) <= 0).all()
     np.testing.assert_allclose(scores, np.take_along_axis(queries @ documents.T, ids, axis=1), atol=2e-3)
+    short = [nvembed.compact(documents, form, 128) for form in ("binary", "int8")]
+    assert recall(nvembed.rescored(queries, *short, 10, 16)[1], exact) > 0.5
+    assert nvembed.rescored(queries, bits[:4], documents[:4], 10)[1].shape == (100, 4)
+    assert (nvembed.compact(np.zeros((2, 8), np.float32), "int8") == 0).all()
+    with pytest.raises(KeyError):
+        nvembed.compact(documents, "int4")
     whole, everything = nvembed.rescored(queries, bits, documents, 10, 300)  # all of them: exact search
     assert recall(everything, exact) == 1 and whole.shape == (100, 10)
 
