@@ -765,17 +765,17 @@ def compact(embeddings, form, dims=None):
     """Embeddings (B, D) for an index: their first `dims` numbers, as "int8" (B, dims), a row's largest being 127 (its
     length is not kept: cosines do not need it), or as "binary" (B, dims / 8), the signs."""
     x = embeddings[:, :dims] / np.abs(embeddings[:, :dims]).max(axis=1, keepdims=True).clip(1e-9)
-    return {"binary": np.packbits(x > 0, axis=1), "int8": np.rint(127 * x).astype(np.int8)}[form]
+    return np.packbits(x > 0, axis=1) if {"binary": 1, "int8": 0}[form] else np.rint(127 * x).astype(np.int8)
 
 
 def rescored(queries, bits, documents, k, factor=4):
     """The k best documents of each query -> cosines (B, k), indices (B, k), best first: factor x k by Hamming
     distance of the signs (Yamada et al. 2021), then by cosine. queries (B, D or more), of which the first D are used;
     bits (N, D / 8) and documents (N, D), floats or int8, as `compact` gives them."""
-    signs = compact(queries, "binary", documents.shape[1])
-    found = faiss.knn_hamming(signs, bits, min(factor * k, len(bits)))[1]  # (B, factor k)
+    queries = queries[:, : documents.shape[1]]
+    _, found = faiss.knn_hamming(compact(queries, "binary"), bits, min(factor * k, len(bits)))
     query, near = (torch.from_numpy(x.astype(np.float32)) for x in (queries[:, None], documents[found]))
-    scores, order = F.cosine_similarity(query[..., : near.shape[2]], near, dim=-1).topk(min(k, len(bits)))
+    scores, order = F.cosine_similarity(query, near, dim=-1).topk(min(k, len(bits)))
     return scores.numpy(), np.take_along_axis(found, order.numpy(), axis=1)
 
 

@@ -401,22 +401,22 @@ def compress(run, init, datasets, s, device):
     """What stage 3 begins with: prunes a model into run/pruned, or quantises it into `run`, by calibration on the
     first rows of a schedule; a run that has begun is not pruned again -> folder of the compressed model. All ranks
     do it, on rows of their own, and rank 0's is written: the same on any number of ranks."""
-    rounds, rows = s.quantize != "none", [d.rows for d in datasets]
+    rounds, rows, tokens = s.quantize != "none", [d.rows for d in datasets], []
     folder = run / "pruned" if s.steps and not rounds else run
     if (run / "latest").exists():
         expect(folder != run, f"{run}: is a training run; expected another --out where nothing is trained")
         return folder
-    model, sizes, tokens = load(init, s, device).to(device), [*map(len, rows)], []
-    if count := world() * max(0, min(s.calibration, sum(sizes) // world())):
-        places = schedule(sizes, replace(s, batch=count, batching="blended"), 0)
+    model, nearest = load(init, s, device).to(device), rounds and not s.drop_blocks
+    if count := world() * max(0, min(s.calibration, sum(map(len, rows)) // world())):
+        places = schedule([*map(len, rows)], replace(s, batch=count, batching="blended"), 0)
         tokens = make_batch(model, drawn(rows, datasets, places, s), s, known_positives(datasets)).tokens
-    expect(tokens or rounds, f"calibration: expected at least 1 row to prune by, got {s.calibration}")
+    expect(tokens or nearest, f"calibration: expected at least 1 row to prune by, got {s.calibration}")
     if s.drop_blocks:
         nvembed.drop_blocks(model, tokens, s.drop_blocks)
     if rounds:
         model.config = replace(model.config, quantize=s.quantize)
         nvembed.compress(model, tokens, lambda *layer: nvembed.quantize(*layer, s.quantize))
-    if s.prune != "none" and not rounds:
+    elif s.prune != "none":
         model.config.pruned = True
         nvembed.compress(model, tokens, lambda *layer: nvembed.prune(*layer, s.prune, s.sparsity))
     if rank() == 0:

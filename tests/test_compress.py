@@ -471,6 +471,10 @@ def test_dynamic_products_are_those_of_the_codes():
         (["--quantize", "int3"], "field 'quantize': expected one of (None, 'int8'"),
         (["--lora-dropout", 0.1], "lora_dropout: expected 0"),
         (["--calibration", -5], "calibration: expected at least 1 row to prune by, got -5"),
+        (
+            ["--quantize", "int8", "--calibration", 0, "--drop-blocks", 1],
+            "calibration: expected at least 1 row",
+        ),
         (["--quantize", "int8", "--drop-blocks", 99], "drop_blocks: expected less than the 3 blocks, got 99"),
     ],
 )
