@@ -271,13 +271,13 @@ def queries_documents(embeddings, batch):
 
 def distillation(embeddings, target, batch, s):
     """How far this rank's embeddings are from the teacher's, `target`, both (number of texts, D) -> scalar: the mean
-    of 1 - cosine over the batch's texts, and over its queries KL(teacher || student) of the softmax of the scores
-    of all valid documents of the batch; both losses are ours."""
+    of (1 - cosine) / temperature over the batch's texts, and over its queries KL(teacher || student) of the softmax
+    of the scores of all valid documents of the batch; both losses are ours."""
     valid = batch.valid.flatten().to(embeddings.device)
     pairs = (queries_documents(x, batch) for x in (embeddings, target))
     log_p = [(q @ d.flatten(0, 1)[valid].T / s.temperature).log_softmax(dim=1) for q, d in pairs]  # (b, M)
     apart = (1 - (embeddings * target).sum(dim=1)).sum() * world() / (len(batch.valid) + valid.sum())
-    return s.distill * (apart + F.kl_div(*log_p, reduction="batchmean", log_target=True))
+    return s.distill * (apart / s.temperature + F.kl_div(*log_p, reduction="batchmean", log_target=True))
 
 
 def batch_loss(embeddings, batch, s, target=None):

@@ -277,7 +277,7 @@ def double_loop(e, t, batch, s):
     for i in range(b):
         p, q = (torch.softmax(torch.stack([x[i] @ d for d in x[b:]]) / s.temperature, 0) for x in (t, e))
         total = total + sum(a * torch.log(a / c) for a, c in zip(p, q, strict=True))
-    return s.distill * (apart + total / b)
+    return s.distill * (apart / s.temperature + total / b)
 
 
 def test_distillation_equals_a_double_loop(base):
