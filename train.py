@@ -372,11 +372,12 @@ def build(init, s, device, sharded=True):
     """Model to train from a base, a released model or a run of ours -> (model, name of its base).
 
     Frozen weights are in the compute dtype, trained ones (LoRA or everything, and pooling) in fp32. A run
-    goes on with its own adapters and pooling, unmerged. The base's file is mapped, not read: a rank moves a
-    block at a time to its device and keeps its shard.
+    goes on with its own adapters and pooling, unmerged; with another lora_rank, from its merged model. The
+    base's file is mapped, not read: a rank moves a block at a time to its device and keeps its shard.
     """
-    latest = Path(str(init), "latest")
-    base = read_json(checkpoint(init) / "state.json")["base"] if latest.exists() else str(init)
+    state = Path(str(init), "latest").exists() and read_json(checkpoint(init) / "state.json")
+    goes_on = state and state["settings"]["lora_rank"] == s.lora_rank
+    base = state["base"] if goes_on else str(init)
     expect(s.lora_rank >= 0, f"lora_rank: expected 0 or more, got {s.lora_rank}")
     expect(s.micro_tokens >= s.max_length, f"micro_tokens: expected at least a text's {s.max_length} tokens")
     torch.manual_seed(s.seed)
@@ -392,7 +393,7 @@ def build(init, s, device, sharded=True):
         model.compile_blocks()
     torch.nn.ModuleList([*model.children()][1:]).requires_grad_(True)  # the pooling
     place(model, s, torch.device(device), sharded)
-    if latest.exists():
+    if goes_on:
         load_tensors(trained(model), checkpoint(init) / "trained.safetensors")
     return model, base
 
@@ -549,8 +550,7 @@ def write_log(log, record):
 
 def line(record):
     """One printed line a step."""
-    shown = {name: value if isinstance(value, int) else f"{value:.4g}" for name, value in record.items()}
-    return "  ".join(f"{name} {value}" for name, value in shown.items())
+    return "  ".join(f"{k} {v if isinstance(v, int) else format(v, '.4g')}" for k, v in record.items())
 
 
 def describe(s, base, datasets):

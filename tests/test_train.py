@@ -701,6 +701,20 @@ def test_killed_while_exporting(recipe, unexported, monkeypatch):
 # ------------------------------------------------------------------------------------- stages and finished runs
 
 
+def test_another_rank_goes_on_from_the_merged_model(whole, base):
+    """The same rank: own adapters on the base. Full fine-tuning or another rank: the run's merged weights."""
+    texts, same = ["river stone", "a letter from the island"], settings().lora_rank
+    expected = NVEmbed.from_pretrained(whole, dtype=torch.float32).encode(texts)
+    for lora_rank, start in ((same, base), (0, whole), (same + 1, whole)):
+        model, found = train.build(whole, settings(lora_rank=lora_rank), "cpu")
+        assert found == str(start)
+        np.testing.assert_allclose(model.eval().encode(texts), expected, atol=1e-6)
+        assert ("model.layers.0.self_attn.q_proj.weight" in str(train.trained(model).keys())) == (
+            not lora_rank
+        )
+    assert np.abs(NVEmbed.from_pretrained(base, dtype=torch.float32).encode(texts) - expected).max() > 1e-3
+
+
 def test_stage_two_goes_on_with_stage_one(recipe, whole, base, tmp_path, monkeypatch):
     stored = load_file(train.checkpoint(whole) / FILES[0])
     model, name = train.build(whole, settings(), "cpu")
@@ -719,8 +733,8 @@ def test_stage_two_goes_on_with_stage_one(recipe, whole, base, tmp_path, monkeyp
     optimizer = load_file(train.checkpoint(two) / FILES[1])
     assert {float(t) for n, t in optimizer.items() if n.endswith(".step")} == {2.0}  # begun anew
     assert json.loads((train.checkpoint(two) / FILES[2]).read_text())["base"] == str(base)
-    line = told(command(recipe, "--stage", 2, "--init", whole, "--out", tmp_path / "odd", "--lora-rank", 8))
-    assert "lora_A" in line or "lora_B" in line
+    line = told(command(recipe, "--stage", 2, "--init", whole, "--out", tmp_path / "odd", "--pooling", "mean"))
+    assert "latent_attention_model" in line and "missing or of another shape" in line
     monkeypatch.chdir(tmp_path)
     assert "runs/stage1: no finished run; run --stage 1 first" in told(command(recipe, "--stage", 2))
     assert not (tmp_path / "runs").exists()
