@@ -733,7 +733,9 @@ def test_stage_two_goes_on_with_stage_one(recipe, whole, base, tmp_path, monkeyp
     optimizer = load_file(train.checkpoint(two) / FILES[1])
     assert {float(t) for n, t in optimizer.items() if n.endswith(".step")} == {2.0}  # begun anew
     assert json.loads((train.checkpoint(two) / FILES[2]).read_text())["base"] == str(base)
-    line = told(command(recipe, "--stage", 2, "--init", whole, "--out", tmp_path / "odd", "--pooling", "mean"))
+    line = told(
+        command(recipe, "--stage", 2, "--init", whole, "--out", tmp_path / "odd", "--pooling", "mean")
+    )
     assert "latent_attention_model" in line and "missing or of another shape" in line
     monkeypatch.chdir(tmp_path)
     assert "runs/stage1: no finished run; run --stage 1 first" in told(command(recipe, "--stage", 2))
