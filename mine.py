@@ -1,25 +1,32 @@
-"""Where hard negatives come from (section 4.1; NV-Retriever, arXiv 2407.15831): encode, search, filter.
+"""Hard negatives for stage 2 (section 4.1 of the paper; NV-Retriever, arXiv 2407.15831).
 
-    python mine.py                            teacher runs/stage1, stage 2's retrieval sets -> runs/mined
-    python mine.py --model intfloat/e5-mistral-7b-instruct --data my.jsonl --corpus wiki.jsonl.gz --out mined
-    torchrun --nproc-per-node 8 mine.py       the same files, made by 8 ranks
+    python mine.py                 teacher runs/stage1, retrieval sets of stage 2 -> runs/mined
+    python mine.py --model intfloat/e5-mistral-7b-instruct --data my.jsonl --corpus wiki.jsonl.gz
+    torchrun --nproc-per-node 8 mine.py       the same files, written by 8 ranks
 
-Vectors go to disk once, to .cache/maps, in shards that later runs find by what they hold and that the ranks share out;
-rank 0 searches them block by block in bounded memory. Texts stay in memory. Each output has the name of its rows;
-NAME.json beside it says the teachers, their hashes, the settings and what every filter dropped. A set whose NAME.json
-says the same is not mined again; an interrupted one goes on with the next shard, then searches. Q queries, k
-candidates, D width.
+A teacher embeds every query and document. Of the documents most similar to a query, those about as
+similar as its positive are probably answers that nobody labelled: a rule drops them. The best of
+the others become the row's "neg".
+
+Vectors are written once, in shards under .cache/maps, where later runs find them by their content.
+The ranks share out the encoding; rank 0 searches, block by block in bounded memory. Texts stay in
+memory. Each output file has the name of its rows; NAME.json beside it holds the teachers' hashes,
+the settings and what became of all candidates. A set whose NAME.json has the same settings is not
+mined again; an interrupted one continues with the next shard.
+
+Dimensions: Q queries, k documents asked for, n candidates of a query, m documents of a shard or
+block, D width.
 """
 
 import argparse
 import functools
 import hashlib
+import itertools
 import json
 import os
 import sys
 import time
-from collections import Counter
-from itertools import chain
+from collections import Counter, defaultdict, namedtuple
 from pathlib import Path
 
 import faiss
@@ -28,268 +35,471 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-import nvembed
-from data.prepare import cache, check_row, json_lines, read_recipe, read_rows, renamed, resolve, write_rows
-from nvembed import FAMILIES, attempt, expect, read_json
+from data import base, files, folders, recipes
+from data.files import InputError
+from nvembed import NVEmbed, fast_dtype, read_tensors
 
-RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-DEVICE = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-WIDE = 1024  # D from which products in bf16 pay on CPUs that have them; below faiss is as fast
-SHARD = 4096  # texts of a file of vectors
-# the rules with their bounds; sampled and top1 are percpos that then choose at random, top1 after the best
-RULES = dict(percpos=0.95, naive=1e9, shifted=10, abs=0.7, margin=0.05, sampled=0.95, top1=0.95)
+# The rules (see `allowed`) and their default bounds. sampled and top1 filter as percpos does and
+# then choose at random (see `choose`).
+RULES = {"percpos": 0.95, "naive": 1e9, "shifted": 10, "abs": 0.7, "margin": 0.05}
+RULES |= {"sampled": 0.95, "top1": 0.95}
+MINED_KINDS = ("retrieval", "sts")  # of a recipe's data sets
+SHARD = 4096  # vectors in a file
+WIDE = 1024  # D from which bf16 products pay on CPUs that have them; below, faiss is as fast
+
+RANK = int(os.environ.get("RANK", "0"))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
+DEVICE = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
 # ---- vectors
 
 
-@functools.lru_cache(maxsize=1)
-def load_teacher(folder, dtype, max_length):
-    """encode(texts, tasks) -> unit rows (B, D) fp32, of a model nvembed loads or a sentence-transformers
-    folder, which has no tasks."""
-    if (folder / "modules.json").exists() and read_json(folder / "config.json")["model_type"] not in FAMILIES:
+# digest: hash of the model's files; dtype: of vectors on disk, and of the model if it is float32
+Teacher = namedtuple("Teacher", "folder digest max_length dtype")
+
+
+@functools.lru_cache(maxsize=1)  # one model in memory at a time
+def load_teacher(teacher):
+    """Loads a model -> encode(texts, tasks), which returns unit rows (B, D) in fp32."""
+    if folders.is_sentence_transformer(teacher.folder):
         from sentence_transformers import SentenceTransformer
 
-        peer = SentenceTransformer(str(folder), device=DEVICE)
-        return lambda texts, tasks: peer.encode(texts, normalize_embeddings=True, show_progress_bar=not RANK)
-    dtype = torch.float32 if dtype == "float32" else nvembed.fast_dtype(DEVICE)
-    model = nvembed.NVEmbed.from_pretrained(folder, DEVICE, dtype)
-    return lambda texts, tasks: model.encode(texts, tasks, max_length, progress=not RANK)
+        peer = SentenceTransformer(str(teacher.folder), device=DEVICE)  # it knows no tasks
+        options = {"normalize_embeddings": True, "show_progress_bar": RANK == 0}
+        return lambda texts, tasks: peer.encode(texts, **options)
+    dtype = torch.float32 if teacher.dtype == "float32" else fast_dtype(DEVICE)
+    model = NVEmbed.from_pretrained(teacher.folder, DEVICE, dtype)
+    return functools.partial(model.encode, max_length=teacher.max_length, progress=RANK == 0)
 
 
-def encoded(texts, tasks, teacher, args):
-    """Unit vectors of texts -> shards: list of (SHARD, D) in args.dtype, mapped from files, the last one shorter.
-    A file is named by the hash of its texts, teacher and settings: it is whole and right, or one of the ranks
-    makes it. Equal runs of texts, as at the start of corpora, are encoded once."""
+def encode_to_disk(texts, tasks, teacher):
+    """Unit vectors of texts -> shards [(SHARD, D), ...], mapped from files; the last is shorter.
+
+    A file is named by the hash of its texts, teacher and settings: if it exists, it is whole and
+    right. The ranks share out the missing ones. Equal runs of texts, as at the start of corpora,
+    are encoded once.
+    """
     parts = [slice(i, i + SHARD) for i in range(0, len(texts), SHARD)]
-    paths = [place(teacher[1], args.max_length, args.dtype, texts[p], tasks[p]) for p in parts]
-    for path, part in list(zip(paths, parts, strict=True))[RANK::RANKS]:
-        if not path.exists():
-            found = load_teacher(teacher[0], args.dtype, args.max_length)(texts[part], tasks[part])
-            expect(np.isfinite(found).all(), f"{teacher[0]}: a vector that is not finite, of texts {part}")
-            with renamed(path) as temporary:
-                save_file({"vectors": torch.from_numpy(found).to(getattr(torch, args.dtype))}, temporary)
+    paths = [shard_path(texts[part], tasks[part], teacher) for part in parts]
+    for i in range(RANK, len(parts), WORLD_SIZE):
+        if not paths[i].exists():
+            write_shard(paths[i], texts[parts[i]], tasks[parts[i]], teacher)
     while not all(path.exists() for path in paths):
-        time.sleep(0.1)  # other ranks make them; if one fails torchrun ends all
-    return [nvembed.read_tensors(path)["vectors"] for path in paths]
+        time.sleep(0.1)  # other ranks write them; if one dies, torchrun stops the others
+    return [read_tensors(path)["vectors"] for path in paths]
+
+
+def shard_path(texts, tasks, teacher):
+    content = [teacher.digest, teacher.max_length, teacher.dtype, texts, tasks]
+    name = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
+    return files.cache() / "maps" / f"{name}.safetensors"
+
+
+def write_shard(path, texts, tasks, teacher):
+    embeddings = load_teacher(teacher)(texts, tasks)
+    if not np.isfinite(embeddings).all():
+        raise InputError(f"{teacher.folder}: a vector that is not finite, after {texts[0][:60]!r}")
+    vectors = torch.from_numpy(embeddings).to(getattr(torch, teacher.dtype))
+    with files.renamed(path) as temporary:
+        save_file({"vectors": vectors}, temporary)
 
 
 def take(shards, ids):
-    """Rows of shards, all but the last equally long, by sorted ids -> (n, D) in their dtype. [] would take twice as
-    long."""
-    place, row = np.divmod(ids, len(shards[0]))
-    return torch.cat([shards[i].index_select(0, torch.as_tensor(row[place == i])) for i in np.unique(place)])
+    """Vectors with sorted ids (n,) -> (n, D). All shards but the last are equally long."""
+    shard_of, row_of = np.divmod(ids, len(shards[0]))
+    rows = {i: torch.from_numpy(row_of[shard_of == i]) for i in np.unique(shard_of)}
+    return torch.cat([shards[i].index_select(0, rows[i]) for i in rows])  # [] takes twice as long
 
 
 # ---- search
 
 
-def dots(q_QD, rows, shards, ids, memory):
-    """fp32 inner products of queries `rows` (n,) with documents `ids` (n,) -> (n,). Each is summed alone: the
-    same in any order, block or rank."""
-    out, order = np.empty(len(ids)), ids.argsort(kind="stable")
-    for part in np.array_split(order, 1 + len(ids) * q_QD.shape[1] * 16 // min(memory, 2**22)):
-        out[part] = take([q_QD], rows[part]).float().mul_(take(shards, ids[part])).sum(dim=1)
-    return out
+def search(queries, shards, k, memory=2**30, index=None):
+    """The k documents of largest inner product -> scores (Q, k), ids (Q, k), best first.
 
-
-def scan(q_QD, shards, deep, memory):
-    """The `deep` best of all documents by products in q_QD's dtype: scores (Q, deep), ids (Q, deep); those that
-    tie at the last place are any."""
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # rounded once, order stays
-    best, start = torch.full((len(q_QD), deep), -torch.inf, device=q_QD.device), 0
-    ids = torch.zeros_like(best, dtype=torch.int64)
-    height = max(1, memory // 4 // (4 * q_QD.shape[1] + 8 * len(q_QD)))
-    for block in tqdm([block for shard in shards for block in shard.split(height)], desc="search"):
-        block = block.to(q_QD)
-        if block.is_cuda or block.dtype == torch.bfloat16:
-            scores = q_QD @ block.T
-            above = (scores > best.amin(dim=1, keepdim=True)).sum(dim=1)  # few, once some blocks are seen
-            found = scores.topk(min(deep, int(above.max())), sorted=False)
-        else:
-            found = faiss.knn(q_QD, block, min(deep, len(block)), faiss.METRIC_INNER_PRODUCT)
-        best, keep = torch.cat([best, torch.as_tensor(found[0]).float()], dim=1).topk(deep, sorted=False)
-        ids = torch.cat([ids, torch.as_tensor(found[1]) + start], dim=1).gather(1, keep)
-        start += len(block)
-    return best.cpu().numpy(), ids.cpu().numpy()
-
-
-def search(queries, shards, k, memory=2**30, index=None, exact=False):
-    """The k documents of largest inner product: queries (Q, D), shards [(m, D), ...] -> scores (Q, k), ids (Q,
-    k), best first, ties by lower id; what an approximate `index` does not find is -inf. Shards are of one size, the
-    last one shorter.
-
-    Scores are fp32 inner products of the vectors in the shards' dtype, of the best 2 k candidates: by faiss in
-    fp32; from width WIDE and on GPUs by products rounded to bf16, which keeps their order: where k are above
-    the last, the k best are among the k and what ties with them, and else fp32 searches again.
+    queries (Q, D), shards [(m, D), ...] of one size, the last one shorter; memory in bytes. Ids
+    number the documents over all shards. Scores are fp32 products of vectors in the shards' dtype;
+    the lower id wins a tie. What an approximate `index` does not find scores -inf.
     """
-    q_QD, deep = queries.to(shards[0].dtype), min(2 * k, sum(map(len, shards)))
-    fast = torch.cpu.get_capabilities().get("avx512_bf16") and q_QD.shape[1] >= WIDE or DEVICE != "cpu"
-    half = fast and q_QD.dtype == torch.bfloat16 and not (exact or index)
-    q = q_QD.to(DEVICE, torch.bfloat16 if half else torch.float32)
-    scores, ids = index.search(q.cpu(), deep) if index else scan(q, shards, deep, memory)
-    unsure = half and deep == 2 * k and (scores > scores.min(1)[:, None]).sum(1) < k
-    near = scores >= np.partition(scores, -k)[:, -k, None] if half and k < deep else ids >= 0
-    scores[near] = dots(q_QD, np.nonzero(near)[0], shards, ids[near], memory // 8)
-    scores[~near] = -np.inf
-    order = np.lexsort((ids, -scores))[:, :k]
-    scores, ids = (np.take_along_axis(a, order, axis=1) for a in (scores, ids))
-    if np.any(unsure):
-        scores[unsure], ids[unsure] = search(q_QD[unsure], shards, k, memory, exact=True)
+    queries = queries.to(shards[0].dtype)
+    k = min(k, sum(len(shard) for shard in shards))
+    if index is not None:
+        candidates = index.search(queries.float().numpy(), 2 * k)[1]
+        return rescore(queries, candidates, shards, k, memory)
+    if bf16_is_faster(queries):
+        return search_in_bf16(queries, shards, k, memory)
+    return search_in_fp32(queries, shards, k, memory)
+
+
+def bf16_is_faster(queries):
+    """True on GPUs and, if vectors are wide, on CPUs with bf16 products. fp32 vectors stay fp32."""
+    wide = queries.shape[1] >= WIDE
+    fast_cpu = wide and torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return queries.dtype == torch.bfloat16 and (DEVICE != "cpu" or fast_cpu)
+
+
+def search_in_fp32(queries, shards, k, memory):
+    """`search` by fp32 products. 2 k candidates, as their last bits depend on the library."""
+    candidates = scan(queries.to(DEVICE, torch.float32), shards, 2 * k, memory)[1]
+    return rescore(queries, candidates, shards, k, memory)
+
+
+def search_in_bf16(queries, shards, k, memory):
+    """`search` by products rounded to bf16. Rounding keeps the order of scores but makes ties."""
+    scores, candidates = scan(queries.to(DEVICE), shards, 2 * k, memory)
+    uncertain = may_lack_some(scores, k)
+    candidates[~can_be_best(scores, k)] = -1
+    scores, ids = rescore(queries, candidates, shards, k, memory)
+    if uncertain.any():
+        again = search_in_fp32(queries[torch.from_numpy(uncertain)], shards, k, memory)
+        scores[uncertain] = again[0]
+        ids[uncertain] = again[1]
     return scores, ids
 
 
+def can_be_best(scores, k):
+    """Rounded scores (Q, n) -> which candidates can be among the k best (Q, n).
+
+    These are the k best by rounded scores, and what ties with the last of them.
+    """
+    kth = np.partition(scores, -k, axis=1)[:, -k]
+    return scores >= kth[:, None]
+
+
+def may_lack_some(scores, k):
+    """Rounded scores (Q, n) -> for which queries (Q,) one of the k best may be no candidate.
+
+    Other documents score no more than the last candidate. If k candidates score more than that,
+    the k best are candidates.
+    """
+    above_last = scores > scores.min(axis=1, keepdims=True)
+    return above_last.sum(axis=1) < k
+
+
+def scan(queries, shards, n, memory):
+    """The n best of all documents by products in the queries' dtype -> scores (Q, n), ids (Q, n).
+
+    They are in no order. Of documents that tie for the last place, any may be there.
+    """
+    # a product must be rounded only once, at its end, or rounding does not keep the order
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    n = min(n, sum(len(shard) for shard in shards))
+    best = torch.full((len(queries), n), -torch.inf, device=queries.device)  # (Q, n)
+    ids = torch.zeros_like(best, dtype=torch.int64)  # (Q, n)
+    document_bytes = 4 * queries.shape[1] + 8 * len(queries)  # its vector and scores
+    size = max(1, memory // 8 // document_bytes)
+    blocks = [block for shard in shards for block in shard.split(size)]
+    first_id = 0
+    for block in tqdm(blocks, desc="search"):
+        best, ids = keep_best(best, ids, queries, block, first_id)
+        first_id += len(block)
+    return best.cpu().numpy(), ids.cpu().numpy()
+
+
+def keep_best(best, ids, queries, block, first_id):
+    """The n best of documents with scores `best` and `ids` (Q, n) and those of a block (m, D)."""
+    block = block.to(queries)
+    if block.is_cuda or block.dtype == torch.bfloat16:
+        scores, rows = best_by_products(queries, block, best)
+    else:
+        scores, rows = best_by_faiss(queries, block, best.shape[1])
+    top = torch.cat([best, scores], dim=1).topk(best.shape[1], sorted=False)
+    ids = torch.cat([ids, rows + first_id], dim=1).gather(1, top.indices)
+    return top.values, ids
+
+
+def best_by_faiss(queries, block, n):
+    """The n best of a block (m, D) by fp32 products -> scores (Q, n), row numbers (Q, n)."""
+    n = min(n, len(block))
+    found = faiss.knn(queries.numpy(), block.numpy(), n, faiss.METRIC_INNER_PRODUCT)
+    return torch.from_numpy(found[0]), torch.from_numpy(found[1])
+
+
+def best_by_products(queries, block, best):
+    """The same by products in the queries' dtype, but only as many as can enter `best` (Q, n).
+
+    After some blocks these are few, and a topk of few is fast.
+    """
+    scores = queries @ block.T  # (Q, m)
+    above = scores > best.amin(dim=1, keepdim=True)
+    n = min(best.shape[1], int(above.sum(dim=1).max()))
+    top = scores.topk(n, sorted=False)
+    return top.values.float(), top.indices
+
+
+def rescore(queries, candidates, shards, k, memory):
+    """The k best of candidates' ids (Q, n) by exact scores -> scores (Q, k), ids (Q, k).
+
+    An id of -1 stands for no candidate and scores -inf.
+    """
+    scores = np.full(candidates.shape, -np.inf, np.float32)
+    real = candidates >= 0
+    rows = np.nonzero(real)[0]
+    scores[real] = inner_products(queries, rows, shards, candidates[real], memory)
+    order = np.lexsort((candidates, -scores))[:, :k]
+    return tuple(np.take_along_axis(found, order, axis=1) for found in (scores, candidates))
+
+
+def inner_products(queries, rows, shards, ids, memory):
+    """fp32 products of queries `rows` (n,) with documents `ids` (n,), pair by pair -> (n,).
+
+    Each is summed alone and so the same, to the last bit, in any order, block or rank.
+    """
+    products = np.empty(len(ids))
+    pair_bytes = 16 * queries.shape[1]
+    parts = 1 + len(ids) * pair_bytes // min(memory // 8, 2**22)
+    for part in np.array_split(ids.argsort(kind="stable"), parts):
+        left = queries.index_select(0, torch.from_numpy(rows[part])).float()
+        products[part] = left.mul_(take(shards, ids[part])).sum(dim=1)
+    return products
+
+
 def build_index(shards, text):
-    """An approximate index, in memory: faiss's factory string and, after a space, settings of the search."""
+    """An approximate index in memory; `text` is faiss's factory string, a space and settings."""
     factory, _, settings = text.partition(" ")
-    index = faiss.index_factory(shards[0].shape[1], factory, faiss.METRIC_INNER_PRODUCT)
-    index.train(torch.cat([shard[:: 1 + len(shards) // 32] for shard in shards]).float())
-    for shard in tqdm(shards, desc=text):
-        index.add(shard.float())
-    faiss.ParameterSpace().set_index_parameters(index, settings)
+    sample = torch.cat([shard[:: 1 + len(shards) // 32] for shard in shards]).float()
+    try:
+        index = faiss.index_factory(sample.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+        index.train(sample.numpy())
+        for shard in tqdm(shards, desc=text):
+            index.add(shard.float().numpy())
+        faiss.ParameterSpace().set_index_parameters(index, settings)
+    except RuntimeError as error:  # all that faiss raises
+        raise InputError(f"--index {text}: {files.one_line(error)}") from error
     return index
 
 
-# ---- negatives
-
-
-def same(text):
-    """Texts that differ in case or white space only are one document."""
-    return " ".join(text.split()).casefold()
+# ---- corpus
 
 
 def build_corpus(rows, paths=()):
-    """Rows, files of {"text": str} or of more rows -> (distinct documents, the files' first; for each row the ids
-    of its positives; for each row those of its query's in any row)."""
-    documents, positives = {}, {}
-    lines = chain(*map(json_lines, paths))
-    more = (check_row({"query": "-", "pos": [r["text"]]} if "text" in r else r, at) for at, r in lines)
-    for row in chain(more, rows):
+    """Documents of rows, and of files of {"text": str} or of more rows -> three lists.
+
+    The distinct texts, those of files first; for each row the ids of its positives; for each row
+    the ids of the positives that its query has in any row.
+    """
+    documents = {}  # canonical text: text
+    for row in itertools.chain(read_corpora(paths), rows):
         for text in row["pos"] + row["neg"]:
-            documents.setdefault(same(text), text)
-    ids = {key: i for i, key in enumerate(documents)}
-    own = [[ids[same(text)] for text in row["pos"]] for row in rows]
-    for row, found in zip(rows, own, strict=True):
-        positives.setdefault(same(row["query"]), []).extend(found)
-    return list(documents.values()), own, [list(positives[same(row["query"])]) for row in rows]
+            documents.setdefault(canonical(text), text)
+    ids = {key: number for number, key in enumerate(documents)}
+    positives = [[ids[canonical(text)] for text in row["pos"]] for row in rows]
+
+    by_query = defaultdict(list)
+    for row, own in zip(rows, positives, strict=True):
+        by_query[canonical(row["query"])] += own
+    known = [list(by_query[canonical(row["query"])]) for row in rows]
+    return list(documents.values()), positives, known
+
+
+def canonical(text):
+    """Texts that differ only in case or white space are one document, or one query."""
+    return " ".join(text.split()).casefold()
+
+
+def read_corpora(paths):
+    """Yields the lines of files as rows."""
+    for path in paths:
+        for where, line in files.json_lines(path):
+            if "text" in line:
+                line = {"query": "-", "pos": [line["text"]]}
+            yield files.check_row(line, where)
+
+
+# ---- the rules
 
 
 def allowed(scores, positive, known, rule, bound):
-    """The rule's verdict on candidates: scores (Q, k), lowest positive's score (Q,), known positives (Q, k)
-    -> (Q, k).
+    """Which candidates a rule of NV-Retriever (section 3) lets pass as negatives -> (Q, n).
 
-    All comparisons are strict. percpos is positive - (1 - p) |positive|, which is p x positive where that is
-    positive.
+    scores (Q, n), best first; positive (Q,), the lowest score of a query's positives; known
+    (Q, n), which candidates are positives. All comparisons are strict.
     """
-    if rule == "shifted":
-        return np.cumsum(~known, axis=1) > bound
-    if rule in ("naive", "abs"):
+    positive = positive[:, None]  # (Q, 1)
+    if rule == "naive":  # Naive Top-K: all, as no score reaches the default bound
         return scores < bound
-    return scores < (positive - (bound if rule == "margin" else (1 - bound) * np.abs(positive)))[:, None]
+    if rule == "shifted":  # Top-K shifted by N: rank > N, positives not counted
+        return np.cumsum(~known, axis=1) > bound
+    if rule == "abs":  # TopK-Abs: score < bound
+        return scores < bound
+    if rule == "margin":  # TopK-MarginPos: score < positive - bound
+        return scores < positive - bound
+    # TopK-PercPos: score < bound x positive, and as far below a positive's score < 0
+    return scores < positive - (1 - bound) * np.abs(positive)
 
 
-def choose(usable, n, rule, seeds):
-    """Columns of the n usable candidates (Q, k) taken for each query, in order of choice; what is random has a
-    seed for each query."""
-    k, random = usable.shape[1], rule in ("sampled", "top1")
-    key = np.stack([np.random.default_rng(seed).random(k) if random else np.arange(k) for seed in seeds])
-    if rule == "top1":
-        key[np.arange(len(key)), usable.argmax(axis=1)] = -1
-    order = np.where(usable, key, np.inf).argsort(axis=1, kind="stable")[:, :n]
-    return [line[:count] for line, count in zip(order, usable.sum(axis=1), strict=True)]
+def choose(usable, count, rule, seeds):
+    """Takes up to `count` of each query's usable candidates (Q, n) -> list of their columns.
+
+    The best, best first; the rule sampled takes random ones, top1 the best and random others.
+    There is a seed for each query.
+    """
+    chosen = []
+    for line, seed in zip(usable, seeds, strict=True):
+        columns = np.flatnonzero(line)
+        if rule in ("sampled", "top1"):
+            key = np.random.default_rng(seed).random(len(line))[columns]
+            if rule == "top1":
+                key[:1] = -1  # the best stays first
+            columns = columns[key.argsort(kind="stable")]
+        chosen.append(columns[:count])
+    return chosen
 
 
-def mine(rows, teachers, entry, args, corpus=()):
-    """Rows -> on rank 0 (rows with neg, neg_scores and, of the last teacher, pos_scores; counts of what became of
-    all candidates); the others only encode. Each of several teachers gives its share of a row's negatives, one that
-    two choose twice unless --distinct (NV-Retriever found that best). Queries are searched for in groups that take
-    half of the memory with their candidates."""
-    documents, own, excluded = build_corpus(rows, corpus)
-    out, counts = [row | {"neg": [], "neg_scores": []} for row in rows], Counter(rows=len(rows))
-    task, both = entry["instruction"], entry.get("symmetric", False)
+# ---- mining
+
+
+def mine(rows, teachers, entry, args, corpus_paths=()):
+    """Mines the rows of a recipe's entry -> rows with negatives and scores; counts, see below.
+
+    Each of several teachers chooses its share of a row's negatives. One that two of them choose
+    is there twice, which NV-Retriever found best, unless args.distinct. pos_scores are those of
+    the last teacher. Counts say what became of all candidates: known positives, dropped by the
+    rule, surplus, kept. Only rank 0 mines; the others help to encode, and their result is void.
+    """
+    documents, positives, known = build_corpus(rows, corpus_paths)
+    task = entry["instruction"]
+    query_tasks = [row.get("prompt", task) for row in rows]
+    document_tasks = [task if entry.get("symmetric", False) else ""] * len(documents)
+    mined = [row | {"neg": [], "neg_scores": []} for row in rows]
+    counts = Counter(rows=len(rows))
+    memory = int(args.memory * 2**30)
     for t, teacher in enumerate(teachers):
-        shards = encoded(documents, [task * both] * len(documents), teacher, args)
-        queries = encoded([r["query"] for r in rows], [r.get("prompt", task) for r in rows], teacher, args)
-        if RANK:
+        shards = encode_to_disk(documents, document_tasks, teacher)
+        queries = encode_to_disk([row["query"] for row in rows], query_tasks, teacher)
+        if RANK != 0:
             continue
-        index = args.index and attempt(f"--index {args.index}", build_index, shards, args.index)
+        index = build_index(shards, args.index) if args.index else None
         share = (args.negatives + len(teachers) - 1 - t) // len(teachers)
-        memory, one = int(args.memory * 2**30), 32 * shards[0].shape[1] + 320 * args.top_k  # bytes; a query's
-        expect(one <= memory, f"--memory {args.memory}: expected {one / 2**30:.6f} GiB or more, for a query")
-        for some in np.split(np.arange(len(rows)), range(memory // one, len(rows), memory // one)):
-            q_QD, pairs = take(queries, some), np.repeat(np.arange(len(some)), [len(own[i]) for i in some])
-            own_scores = dots(q_QD, pairs, shards, np.concatenate([own[i] for i in some]), memory // 8)
-            own_scores = np.split(own_scores, np.flatnonzero(np.diff(pairs)) + 1)
-            scores, ids = search(q_QD, shards, args.top_k, memory, index)
-            real, lowest = scores > -np.inf, np.array([line.min() for line in own_scores])
-            known = real & np.stack([np.isin(ids[i], excluded[j]) for i, j in enumerate(some)])
-            passed = real & ~known & allowed(scores, lowest, known, args.rule, args.bound)
-            chosen = choose(passed, share, args.rule, [(args.seed, t, i) for i in some])
-            for i, (j, columns) in enumerate(zip(some, chosen, strict=True)):
-                out[j]["neg"] += [documents[found] for found in ids[i, columns]]
-                out[j]["neg_scores"] += scores[i, columns].round(4).tolist()
-                out[j]["pos_scores"] = own_scores[i].round(4).tolist()
-                excluded[j] += ids[i, columns].tolist() if args.distinct else []
-            kept = sum(map(len, chosen))
-            counts.update(candidates=real.sum(), positive=known.sum(), rule=(real & ~known & ~passed).sum())
-            counts.update(surplus=passed.sum() - kept, kept=kept)
-    counts.update(documents=len(documents), rows_short=sum(len(row["neg"]) < args.negatives for row in out))
-    return None if RANK else (out, {name: int(count) for name, count in counts.items()})
+        for group in query_groups(len(rows), shards[0].shape[1], args):
+            vectors = take(queries, group)  # (Q, D)
+            own_scores = score_positives(vectors, [positives[i] for i in group], shards, memory)
+            lowest = np.array([line.min() for line in own_scores])  # (Q,)
+            scores, ids = search(vectors, shards, args.top_k, memory, index)  # (Q, n)
+
+            found = scores > -np.inf
+            is_known = found & np.stack([np.isin(ids[q], known[i]) for q, i in enumerate(group)])
+            passed = allowed(scores, lowest, is_known, args.rule, args.bound)
+            usable = found & ~is_known & passed
+            chosen = choose(usable, share, args.rule, [(args.seed, t, i) for i in group])
+
+            for q, i in enumerate(group):
+                columns = chosen[q]
+                mined[i]["neg"] += [documents[number] for number in ids[q, columns]]
+                mined[i]["neg_scores"] += scores[q, columns].round(4).tolist()
+                mined[i]["pos_scores"] = own_scores[q].round(4).tolist()
+                if args.distinct:
+                    known[i] += ids[q, columns].tolist()
+            dropped = found & ~is_known & ~passed
+            kept = sum(len(columns) for columns in chosen)
+            counts.update(candidates=found.sum(), positive=is_known.sum(), rule=dropped.sum())
+            counts.update(surplus=usable.sum() - kept, kept=kept)
+    short = sum(len(row["neg"]) < args.negatives for row in mined)
+    counts.update(documents=len(documents), rows_short=short)
+    return mined, {name: int(number) for name, number in counts.items()}
 
 
-def place(*what):
-    return cache() / "maps" / f"{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]}.safetensors"
+def query_groups(count, width, args):
+    """Numbers of `count` queries in groups that take half of the memory with their candidates."""
+    query_bytes = 32 * width + 320 * args.top_k
+    size = int(args.memory * 2**30) // query_bytes
+    if size == 0:
+        gib = query_bytes / 2**30
+        raise InputError(f"--memory {args.memory}: expected {gib:.6f} GiB or more, for a query")
+    return np.split(np.arange(count), range(size, count, size))
 
 
-def digest(*paths):
-    """First 16 digits of each file's SHA-256."""
-    maps = [attempt(path, np.memmap, path, np.uint8) for path in sorted(paths)]
-    return " ".join(hashlib.sha256(found).hexdigest()[:16] for found in maps)
+def score_positives(queries, positives, shards, memory):
+    """Scores of each query's own positives, given by their ids -> list of arrays."""
+    sizes = [len(ids) for ids in positives]
+    rows = np.repeat(np.arange(len(positives)), sizes)
+    scores = inner_products(queries, rows, shards, np.concatenate(positives), memory)
+    return np.split(scores, np.cumsum(sizes)[:-1])
+
+
+# ---- the command
+
+
+def mine_file(entry, teachers, args):
+    """Mines one data set into args.out, unless it is there with the same settings."""
+    rows = files.read_rows(entry["file"])
+    target = Path(args.out, Path(entry["file"]).name)
+    report = Path(f"{target}.json")
+    corpus = [path for path in (*args.corpus, entry.get("corpus")) if path]
+    other = ("recipe", "data", "out", "memory")
+    plan = {name: value for name, value in vars(args).items() if name not in other}
+    plan["corpus"] = digest(corpus) if corpus else []
+    plan["teacher"] = [teacher.digest for teacher in teachers]
+    plan["name"] = target.name
+    plan["instruction"] = entry["instruction"]
+    plan["sha256"] = digest([entry["file"]])
+    if target.exists() and report.exists() and files.read_json(report).get("plan") == plan:
+        print(f"{target}: already mined with these settings")
+        return
+    mined, counts = mine(rows, teachers, entry, args, corpus)
+    if RANK == 0:
+        command = "python mine.py " + " ".join(sys.argv[1:])
+        files.write_rows(target, mined)
+        files.write_json(report, {"command": command, "plan": plan, "counts": counts})
+        numbers = ", ".join(f"{name} {number:,}" for name, number in counts.items())
+        print(f"{target}: {numbers}", flush=True)
+
+
+def find_teacher(name, args):
+    folder = folders.local_folder(base.resolve(name))
+    contents = [*folder.glob("*.safetensors"), *folder.glob("**/*.json")]
+    return Teacher(folder, digest(contents), args.max_length, args.dtype)
+
+
+def digest(paths):
+    """First 16 digits of each file's SHA-256, in order of their names."""
+    digits = []
+    for path in sorted(paths):
+        try:
+            content = np.memmap(path, mode="r")
+        except (OSError, ValueError) as error:  # ValueError: an empty file
+            raise InputError(f"{path}: {files.one_line(error)}") from error
+        digits.append(hashlib.sha256(content).hexdigest()[:16])
+    return " ".join(digits)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    formatter = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     flag = parser.add_argument
-    flag("--model", nargs="+", default=["runs/stage1"], help="teachers: folder, hub id, minilm or smollm2")
-    flag("--recipe", default=str(Path(__file__).resolve().parent / "data" / "local.json"))
+    flag("--model", nargs="+", default=["runs/stage1"], help="folders, hub ids, minilm, smollm2")
+    flag("--recipe", default=str(files.ROOT / "data" / "local.json"))
     flag("--data", nargs="+", help="own rows instead of the retrieval sets of the recipe's stage 2")
-    flag("--corpus", nargs="+", default=[], help='more documents: .jsonl(.gz) of {"text": str} or rows')
+    flag("--corpus", nargs="+", default=[], help='more documents: lines of {"text": str} or rows')
     flag("--out", default="runs/mined", help="folder for the mined rows")
-    flag("--rule", choices=RULES, default="percpos", help="sampled, top1: percpos, then random of top-k")
+    flag("--rule", choices=RULES, default="percpos", help="sampled, top1: percpos, then random")
     flag("--bound", type=float, help=f"of the rule, or ranks skipped; default {RULES}")
     flag("--top-k", type=int, default=100, help="candidates a query")
     flag("--negatives", type=int, default=7)
     flag("--distinct", action="store_true", help="several teachers: no negative twice in a row")
-    flag("--index", help="approximate: faiss factory and search settings, 'IVF1024,Flat nprobe=32'")
+    flag("--index", help="approximate: faiss factory and settings, 'IVF1024,Flat nprobe=32'")
     flag("--max-length", type=int, help="tokens of a text; default: stage 1's in the recipe")
-    flag("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="float32: the teacher too")
+    flag("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the vectors")
     flag("--memory", type=float, default=1, help="GiB of the search, above program and texts")
     flag("--seed", type=int, default=0)
     args = parser.parse_args()
-    recipe = read_recipe(args.recipe)
-    entries = [e for e in recipe["datasets"] if e["kind"] in ("retrieval", "sts") and 2 in e["stages"]]
+
+    recipe = recipes.read_recipe(args.recipe)
+    entries = [d for d in recipe["datasets"] if 2 in d["stages"] and d["kind"] in MINED_KINDS]
     if args.data:
         entries = [{"file": path, "instruction": ""} for path in args.data]
-    args.max_length = args.max_length or recipe["stages"].get("1", {}).get("max_length", 512)
-    args.bound = RULES[args.rule] if args.bound is None else args.bound
-    found = "runs/stage1" not in args.model or Path("runs/stage1", "config.json").exists()
-    expect(found, "runs/stage1: no finished run: run torchrun train.py --stage 1 first, or give --model")
-    folders = [nvembed.local_folder(resolve(name)) for name in args.model]
-    teachers = [(f, digest(*f.glob("*.safetensors"), *f.glob("**/*.json"))) for f in folders]
-    plan = {k: v for k, v in vars(args).items() if k not in ("recipe", "data", "out", "memory")}
+    if not args.max_length:
+        args.max_length = recipe["stages"].get("1", {}).get("max_length", 512)
+    if args.bound is None:
+        args.bound = RULES[args.rule]
+    if "runs/stage1" in args.model and not Path("runs/stage1", "config.json").exists():
+        hint = "run torchrun train.py --stage 1 first, or give --model"
+        raise InputError(f"runs/stage1: no finished run: {hint}")
+    teachers = [find_teacher(name, args) for name in args.model]
     for entry in entries:
-        rows, target = read_rows(entry["file"]), Path(args.out, Path(entry["file"]).name)
-        corpus, said = [p for p in (*args.corpus, entry.get("corpus")) if p], Path(f"{target}.json")
-        told = plan | {"teacher": [name for _, name in teachers], "corpus": corpus and digest(*corpus)}
-        told |= {"name": target.name, "instruction": entry["instruction"], "sha256": digest(entry["file"])}
-        if target.exists() and said.exists() and read_json(said).get("plan") == told:
-            print(f"{target}: already mined so")
-        elif found := mine(rows, teachers, entry, args, corpus):
-            write_rows(target, found[0])
-            done = {"command": "python mine.py " + " ".join(sys.argv[1:]), "plan": told, "counts": found[1]}
-            said.write_text(json.dumps(done, indent=2) + "\n")
-            print(f"{target}: " + ", ".join(f"{name} {n:,}" for name, n in found[1].items()), flush=True)
+        mine_file(entry, teachers, args)
 
 
 if __name__ == "__main__":
-    nvembed.run(main)
+    files.run_command(main)

@@ -1,18 +1,21 @@
-"""Synthetic rows from a language model behind an OpenAI-compatible server, by two prompts (section 4.2).
+"""Synthetic rows from a language model on an OpenAI-compatible server (section 4.2).
 
-    python data/synthesize.py --endpoint http://localhost:8000 --model NAME --out runs/synthetic.jsonl
+    python data/synthesize.py --endpoint http://localhost:8000 --model NAME
     torchrun train.py --data runs/synthetic.jsonl
 
-The first prompt brainstorms about 20 tasks a request, the second writes one row of a task: the scheme of
-E5-mistral (Wang et al. 2024, arXiv 2401.00368) in our own words, which synthesize.json holds. OPENAI_API_KEY is
-sent if it is set. Every outcome is a line of FILE.journal, written before its task's next request: the same
-command goes on where it was stopped, and may then ask for other kinds, more tasks or more retries. FILE has the
-rows in the order of their tasks, whatever the concurrency; FILE.json has the counts.
+There are two prompts: one brainstorms about 20 tasks a request, the other writes one row for a
+task. This is the scheme of E5-mistral (Wang et al. 2024, arXiv 2401.00368) in our own words, which
+synthesize.json holds. OPENAI_API_KEY is sent if it is set.
+
+Every outcome is a line of FILE.journal, written before its task's next request: the same command
+continues where it was stopped, and may then ask for other kinds, more tasks or more retries. FILE
+has the rows in the order of their tasks, whatever the concurrency; FILE.json has the counts.
 """
 
 import argparse
 import fcntl
 import json
+import math
 import os
 import random
 import re
@@ -23,21 +26,237 @@ from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
 from pathlib import Path
 from threading import Event
+from urllib.error import HTTPError, URLError
 
 from tqdm import tqdm
 
-if not __package__:  # python data/synthesize.py
-    sys.path.append(str(Path(__file__).resolve().parent.parent))
+if not __package__:  # python data/synthesize.py: imports start at the project, not at data/
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from data.prepare import write_rows
-from nvembed import InputError, attempt, expect, read_json, run
+from data.files import InputError, is_text, one_line, read_json, run_command, write_rows
 
 PROMPTS = read_json(Path(__file__).with_suffix(".json"))
-PLACEHOLDER = re.compile("|".join(re.findall("<[^<>]+>", json.dumps(PROMPTS))))
-NOT_TEXT = re.compile("^\\s*$|[\ud800-\udfff]")  # empty, or half a surrogate pair, which no file can hold
+PLACEHOLDERS = set(re.findall("<[^<>]+>", json.dumps(PROMPTS)))  # what an answer has to replace
+TASKS_A_REQUEST = 20
 BACKOFF = 0.5  # seconds before a refused request is repeated, doubled each time
-DEFAULTS = {"endpoint": "", "model": "", "out": "runs/synthetic.jsonl", "tasks": 100, "concurrency": 8}
-DEFAULTS |= {"seed": 0, "timeout": 120.0, "retries": 5, "max-tokens": 2048}
+LONGEST_WAIT = 60  # seconds
+
+
+def main():
+    args = parse_arguments()
+    journal = Journal(Path(f"{args.out}.journal"), args)
+    pool = ThreadPoolExecutor(args.concurrency)
+    rows = []
+    counts = {}
+    try:
+        for kind in PROMPTS["kinds"]:
+            if args.kind in (kind, "all"):
+                new_rows, counts[kind] = generate(journal, pool, kind)
+                rows += new_rows
+    finally:
+        journal.stop.set()
+        pool.shutdown(cancel_futures=True)
+        journal.file.close()
+    if not rows:
+        reasons = f"{args.out}.journal has the reasons"
+        raise InputError(f"{args.endpoint}: no usable answer; {reasons}")
+    counts = {"rows": len(rows), **counts, "requests": journal.count_outcomes()}
+    write_rows(args.out, rows)
+    write_rows(f"{args.out}.json", [counts])
+    print(json.dumps(counts))
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    flag = parser.add_argument
+    default = "default: %(default)s"
+    flag("--kind", choices=(*PROMPTS["kinds"], "all"), default="all", help=default)
+    flag("--endpoint", required=True, help="URL of the server")
+    flag("--model", required=True, help="its name on the server")
+    flag("--out", default="runs/synthetic.jsonl", help=default)
+    flag("--tasks", type=int, default=100, help=f"of each kind; {default}")
+    flag("--concurrency", type=int, default=8, help=f"requests at a time; {default}")
+    flag("--seed", type=int, default=0, help=default)
+    flag("--timeout", type=float, default=120.0, help=f"seconds; {default}")
+    flag("--retries", type=int, default=5, help=f"of a request; {default}")
+    flag("--max-tokens", type=int, default=2048, help=f"of an answer; {default}")
+    args = parser.parse_args()
+    least = min(args.tasks, args.concurrency, args.timeout, args.max_tokens)
+    if least <= 0 or args.retries < 0:
+        flags = "--tasks, --concurrency, --timeout, --max-tokens"
+        raise InputError(f"{flags}: expected > 0; --retries: >= 0")
+    if not args.endpoint.startswith(("http://", "https://")):
+        raise InputError(f"--endpoint: expected a URL, got {args.endpoint!r}")
+    return args
+
+
+# ---- tasks and rows
+
+
+def generate(journal, pool, kind):
+    """Tasks of a kind and a row for each -> (rows, counts)."""
+    tasks = brainstorm(journal, pool, kind)
+    mentions = sum(len(places) for places in tasks.values())
+    chosen = [places[0] for places in tasks.values()]
+    chosen = chosen[: journal.args.tasks]
+    keys = [key for key, _ in chosen]
+    texts = [task for _, task in chosen]
+    answers = tqdm(pool.map(journal.ask, keys, texts), desc=kind, total=len(chosen))
+    rows = []
+    for task, answer in zip(texts, answers, strict=True):
+        if answer is not None:
+            query, positive, *negatives = answer
+            rows.append({"query": query, "pos": [positive], "neg": negatives, "prompt": task})
+    return rows, {"tasks": len(chosen), "duplicates": mentions - len(tasks)}
+
+
+def brainstorm(journal, pool, kind):
+    """Asks for tasks until there are enough or nothing new comes.
+
+    -> {task in lower case: [(key of a row for it, task), ...], one for each time that it came}
+    """
+    args = journal.args
+    tasks = {}
+    requests = 0
+    while len(tasks) < args.tasks:
+        known = len(tasks)
+        more = math.ceil((args.tasks - known) / TASKS_A_REQUEST)
+        numbers = range(requests, requests + more)
+        keys = [(args.model, args.seed, kind, number) for number in numbers]
+        requests += more
+        for key, answer in zip(keys, pool.map(journal.ask, keys), strict=True):
+            for place, text in enumerate(answer or []):
+                task = " ".join(text.split())
+                mentions = tasks.setdefault(task.casefold(), [])
+                mentions.append(((*key, place), task))
+        if len(tasks) == known:
+            break
+    return tasks
+
+
+def prompt_for(key, task):
+    """The prompt of a key. What varies in it is drawn at random, for a key always the same."""
+    kind = PROMPTS["kinds"][key[2]]
+    rng = random.Random(repr(key))
+    drawn = {}
+    for name, values in PROMPTS["varied"].items():
+        drawn[name] = rng.choice(values)
+    if task:
+        return kind["example"].format(task=task, **drawn)
+    return kind["brainstorm"].format(**drawn)
+
+
+class Journal:
+    """The outcomes of all requests, a line [key, texts or the reason why there are none] each.
+
+    The key of a brainstorm is (model, seed, kind, its number); that of a row has one more member,
+    the place of its task in the brainstorm's answer. Several threads may ask at a time, each for
+    another key.
+    """
+
+    def __init__(self, path, args):
+        self.args = args
+        self.stop = Event()  # set: no more requests
+        self.outcomes = defaultdict(list)  # key: outcomes of its requests
+        self.file = open_locked(path)
+        self.read(path)
+
+    def read(self, path):
+        """Reads the outcomes of earlier runs; drops the half line that a kill may have left."""
+        self.file.seek(0)
+        content = self.file.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        self.file.truncate(len(whole))
+        for number, line in enumerate(whole.splitlines(), 1):
+            key, outcome = parse_entry(line, f"{path}:{number}")
+            self.outcomes[key].append(outcome)
+
+    def write(self, key, outcome):
+        self.outcomes[key].append(outcome)
+        self.file.write(json.dumps([key, outcome]).encode() + b"\n")
+        self.file.flush()
+
+    def ask(self, key, task=""):
+        """The answer to a key's prompt, from the journal or the server -> texts.
+
+        None after too many bad answers; InputError after too many refusals.
+        """
+        args = self.args
+        prompt = prompt_for(key, task)
+        refusals = 0
+        while True:
+            outcomes = self.outcomes[key]
+            if outcomes and not isinstance(outcomes[-1], str):
+                return outcomes[-1]
+            bad = sum(outcome.startswith("bad") for outcome in outcomes)
+            if self.stop.is_set() or bad > args.retries:
+                return None
+            outcome = self.attempt(key, task, prompt, number=len(outcomes))
+            self.write(key, outcome)
+            if isinstance(outcome, str) and outcome.startswith("refused"):
+                refusals += 1
+                if refusals > args.retries:
+                    message = f"{outcome}, {refusals} times; the same command goes on"
+                    raise InputError(f"{args.endpoint}: {message}")
+                self.stop.wait(min(LONGEST_WAIT, BACKOFF * 2 ** (refusals - 1)))
+
+    def attempt(self, key, task, prompt, number):
+        """One request -> its outcome: texts, or the reason why there are none."""
+        seed = random.Random(f"{key} {number}").getrandbits(31)
+        kind = PROMPTS["kinds"][key[2]]
+        try:
+            reply = request(self.args, prompt, seed)
+            if task:
+                return parse_row(reply, kind["keys"])
+            return parse_tasks(reply)
+        except Failed as error:
+            return str(error)
+
+    def count_outcomes(self):
+        """{"answered" or reason: requests} of this model and seed, earlier runs included."""
+        counts = Counter()
+        for (model, seed, *_), outcomes in self.outcomes.items():
+            if (model, seed) != (self.args.model, self.args.seed):
+                continue
+            for outcome in outcomes:
+                if isinstance(outcome, str):
+                    counts[outcome] += 1
+                else:
+                    counts["answered"] += 1
+        return dict(sorted(counts.items()))
+
+
+def open_locked(path):
+    """Opens a file to read and to append to, for this process alone."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+b")
+    except OSError as error:
+        raise InputError(f"{path}: expected a file to write: {one_line(error)}") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise InputError(f"{path}: in use by another run: {one_line(error)}") from error
+    return file
+
+
+def parse_entry(line, where):
+    """A line of the journal -> (key, outcome)."""
+    try:
+        entry = json.loads(line)
+    except ValueError as error:
+        message = f"expected a key and an outcome: {one_line(error)}"
+        raise InputError(f"{where}: {message}") from error
+    if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[0], list):
+        raise InputError(f"{where}: expected a key and an outcome")
+    key, outcome = entry
+    return tuple(key), outcome
+
+
+# ---- one request
 
 
 class Failed(Exception):
@@ -45,136 +264,99 @@ class Failed(Exception):
 
 
 def request(args, prompt, seed):
-    """The server's reply to a prompt -> bytes. Raises Failed, or InputError where repeating cannot help."""
-    body = {"model": args.model, "messages": [{"role": "user", "content": prompt}], "seed": seed}
-    body |= {"temperature": 1, "top_p": 1, "max_tokens": args.max_tokens}
-    url = re.sub("/*(/v1)?/*$", "", args.endpoint, count=1) + "/v1/chat/completions"
-    posted = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    posted.add_header("Authorization", f"Bearer {os.environ.get('OPENAI_API_KEY', 'none').strip()}")
+    """The server's reply to a prompt -> bytes.
+
+    Raises Failed, or InputError where repeating cannot help.
+    """
+    url = args.endpoint.rstrip("/").removesuffix("/v1").rstrip("/") + "/v1/chat/completions"
+    body = {
+        "model": args.model,
+        "messages": [{"role": "user", "content": prompt}],
+        "seed": seed,
+        "temperature": 1,
+        "top_p": 1,
+        "max_tokens": args.max_tokens,
+    }
+    headers = {
+        "Content-Type": "application/json",
+        "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none').strip()}",
+    }
+    posted = urllib.request.Request(url, json.dumps(body).encode(), headers)
     try:
         with urllib.request.urlopen(posted, timeout=args.timeout) as response:
             return response.read()
-    except urllib.request.HTTPError as error:
-        if error.code in (408, 429) or error.code >= 500:
-            raise Failed(f"refused: HTTP {error.code}") from None
-        detail = attempt(url, error.read, 300).decode(errors="replace").split()
-        raise InputError(f"{url}: HTTP {error.code}: {' '.join(detail)}") from None
+    except HTTPError as error:
+        if error.code in (408, 429) or error.code >= 500:  # too late, too much, the server's fault
+            raise Failed(f"refused: HTTP {error.code}") from error
+        raise InputError(f"{url}: HTTP {error.code}: {message_of(error)}") from error
     except (OSError, HTTPException) as error:
-        late = isinstance(getattr(error, "reason", error), TimeoutError)
-        raise Failed("refused: time-out" if late else "refused: connection error") from None
+        cause = error.reason if isinstance(error, URLError) else error
+        if isinstance(cause, TimeoutError):
+            raise Failed("refused: time-out") from error
+        raise Failed("refused: connection error") from error
 
 
-def parse(reply, keys):
-    """Texts of a reply: the values of a JSON object of exactly `keys`, or, without keys, a list of tasks."""
+def message_of(error):
+    """The start of what a server says with an HTTP error, on one line."""
     try:
-        text = json.loads(reply)["choices"][0]["message"]["content"].strip()
-        fenced = re.fullmatch("```(?:json)?(.*)```", text, re.DOTALL)
-        found = json.loads(fenced[1] if fenced else text)
-    except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
-        raise Failed("bad: not JSON") from None
-    shape = type(found) is dict and found.keys() == {*keys} if keys else type(found) is list and found
-    texts = [found[key] for key in keys] if keys and shape else found
-    plain = shape and all(isinstance(text, str) and not NOT_TEXT.search(text) for text in texts)
-    echo = plain and any(map(PLACEHOLDER.search, texts))
-    same = plain and keys and len({text.strip().casefold() for text in texts}) < len(texts)
-    reasons = {"wrong keys": not shape, "not text": not plain, "placeholder": echo, "same text": same}
-    if any(reasons.values()):
-        raise Failed(f"bad: {next(filter(reasons.get, reasons))}")
+        text = error.read(300).decode(errors="replace")
+    except (OSError, HTTPException):  # the connection is gone
+        return ""
+    return " ".join(text.split())
+
+
+def parse_tasks(reply):
+    """A reply to a brainstorm -> a list of tasks."""
+    found = content_of(reply)
+    if not isinstance(found, list) or not found:
+        raise Failed("bad: wrong keys")
+    check_texts(found)
+    return found
+
+
+def parse_row(reply, keys):
+    """A reply to a task -> the texts of a JSON object of exactly these keys, in their order."""
+    found = content_of(reply)
+    if not isinstance(found, dict) or set(found) != set(keys):
+        raise Failed("bad: wrong keys")
+    texts = [found[key] for key in keys]
+    check_texts(texts)
+    different = {text.strip().casefold() for text in texts}
+    if len(different) < len(texts):
+        raise Failed("bad: same text")
     return texts
 
 
-class Journal:
-    """Outcomes of all requests: lines [key, texts, or the reason that there are none]. A key is (model, seed,
-    kind, number of the brainstorm) or, of a row, these and the place of its task in that answer."""
-
-    def __init__(self, path, args):
-        self.args, self.stop, self.outcomes = args, Event(), defaultdict(list)
-        self.file = attempt(f"{path}: expected a file to write", open, path, "a+b")
-        attempt(f"{path}: in use by another run", fcntl.flock, self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        self.file.seek(0)
-        *lines, half = self.file.read().split(b"\n")
-        self.file.truncate(self.file.tell() - len(half))  # what a kill left
-        for number, line in enumerate(lines, 1):
-            key, outcome = attempt(f"{path}:{number}: expected a key and an outcome", json.loads, line)
-            self.outcomes[tuple(key)].append(outcome)
-
-    def ask(self, key, task=""):
-        """Texts that answer the key's prompt, from here or the server; None after too many bad ones."""
-        outcomes, kind, refused = self.outcomes[key], PROMPTS["kinds"][key[2]], 0
-        draw = random.Random(repr(key)).choice
-        drawn = {name: draw(values) for name, values in PROMPTS["varied"].items()}
-        prompt = kind["example" if task else "brainstorm"].format(task=task, **drawn)
-        while not outcomes or isinstance(outcomes[-1], str):
-            if self.stop.is_set() or sum(told.startswith("bad") for told in outcomes) > self.args.retries:
-                return None
-            seed = random.Random(f"{key} {len(outcomes)}").getrandbits(31)
-            try:
-                outcome = parse(request(self.args, prompt, seed), kind["keys"] if task else ())
-            except Failed as error:
-                outcome = str(error)
-            outcomes.append(outcome)
-            self.file.write(json.dumps([key, outcome]).encode() + b"\n")
-            self.file.flush()
-            if str(outcome).startswith("refused"):
-                told = f"{self.args.endpoint}: {outcome}, {refused + 1} times; the same command goes on"
-                expect(refused < self.args.retries, told)
-                self.stop.wait(min(60, BACKOFF * 2**refused))
-                refused += 1
-        return outcomes[-1]
-
-
-def brainstorm(journal, pool, kind):
-    """-> {task in lower case: [(key, task) of each time that it came]}, until enough or nothing new comes."""
-    args, tasks, start, before = journal.args, {}, 0, -1
-    while before < len(tasks) < args.tasks:
-        stop, before = start + -(-(args.tasks - len(tasks)) // 20), len(tasks)
-        keys = [(args.model, args.seed, kind, number) for number in range(start, stop)]
-        for key, texts in zip(keys, pool.map(journal.ask, keys), strict=True):
-            for place, task in enumerate(" ".join(text.split()) for text in texts or ()):
-                tasks.setdefault(task.casefold(), []).append(((*key, place), task))
-        start = stop
-    return tasks
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--kind", choices=(*PROMPTS["kinds"], "all"), default="all")
-    for name, value in DEFAULTS.items():
-        flag = {
-            "type": type(value),
-            "default": value,
-            "required": value == "",
-            "help": "default: %(default)s",
-        }
-        parser.add_argument(f"--{name}", **flag)
-    args = parser.parse_args()
-    positive = min(args.tasks, args.concurrency, args.timeout, args.max_tokens) > 0 <= args.retries
-    expect(positive, "--tasks, --concurrency, --timeout, --max-tokens: expected > 0; --retries: >= 0")
-    expect(re.match("https?://", args.endpoint), f"--endpoint: expected a URL, got {args.endpoint!r}")
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    journal, pool = Journal(Path(f"{args.out}.journal"), args), ThreadPoolExecutor(args.concurrency)
-    rows, counts = [], {}
+def content_of(reply):
+    """The JSON value that a model's message consists of, with or without a fence of backquotes."""
     try:
-        for kind in [kind for kind in PROMPTS["kinds"] if args.kind in (kind, "all")]:
-            tasks = brainstorm(journal, pool, kind)
-            chosen = [times[0] for times in tasks.values()][: args.tasks]
-            answers = tqdm(pool.map(journal.ask, *zip(*chosen, strict=True)), desc=kind, total=len(chosen))
-            for (_, task), texts in zip(chosen, answers, strict=True):
-                if texts:
-                    rows.append({"query": texts[0], "pos": [texts[1]], "neg": texts[2:], "prompt": task})
-            duplicates = sum(map(len, tasks.values())) - len(tasks)
-            counts[kind] = {"tasks": len(chosen), "duplicates": duplicates}
-    finally:
-        journal.stop.set()
-        pool.shutdown(cancel_futures=True)
-    expect(rows, f"{args.endpoint}: no usable answer; {args.out}.journal has the reasons")
-    ours = (found for key, found in journal.outcomes.items() if key[:2] == (args.model, args.seed))
-    told = Counter(o if isinstance(o, str) else "answered" for found in ours for o in found)
-    counts = {"rows": len(rows), **counts, "requests": dict(sorted(told.items()))}
-    write_rows(args.out, rows)
-    write_rows(f"{args.out}.json", [counts])
-    print(json.dumps(counts))
+        text = json.loads(reply)["choices"][0]["message"]["content"].strip()
+        fenced = re.fullmatch("```(?:json)?(.*)```", text, re.DOTALL)
+        if fenced:
+            text = fenced[1]
+        return json.loads(text)
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise Failed("bad: not JSON") from error
+
+
+def check_texts(texts):
+    """Raises Failed if any of them is no text, or one of the prompt's placeholders is left."""
+    for text in texts:
+        if not is_text(text) or not is_unicode(text):
+            raise Failed("bad: not text")
+    for text in texts:
+        if any(placeholder in text for placeholder in PLACEHOLDERS):
+            raise Failed("bad: placeholder")
+
+
+def is_unicode(text):
+    """Whether a file can hold the text: JSON can escape half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

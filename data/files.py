@@ -1,0 +1,220 @@
+"""Files and rows: how every part of the project reads, writes and reports bad input. No torch here.
+
+A row is one JSON object a line of a .jsonl or .jsonl.gz file:
+
+    {"query": str, "pos": [str, ...], "neg": [str, ...], "prompt": str}
+
+with optional "pos_scores" and "neg_scores", of which mining writes one for each text.
+
+Bad input raises InputError, one line that names the file, the line, the field and what was
+expected. A command shows that line and exits with status 2; any other exception is a mistake of
+ours and keeps its traceback.
+"""
+
+import contextlib
+import gzip
+import importlib
+import json
+import os
+import sys
+import tempfile
+import zlib
+from dataclasses import fields
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class InputError(ValueError):
+    """Bad input, told in one line: which file or argument, which field, what was expected."""
+
+
+def run_command(main):
+    """Runs a command's main(). An InputError becomes one line on stderr and exit status 2."""
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def one_line(error):
+    """What an exception of a library says, as a single line."""
+    lines = str(error).strip().splitlines()
+    return lines[-1].strip() if lines else repr(error)
+
+
+def optional_package(name, user):
+    """Imports an optional package -> the module. `user` is the flag or function that needs it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.split(".")[0]
+        message = f"{user}: expected the package {package}: pip install {package}"
+        raise InputError(message) from error
+
+
+def cache():
+    """Folder of what is fetched or computed once: .cache in the project, or $NVEMBED_CACHE."""
+    return Path(os.environ.get("NVEMBED_CACHE") or ROOT / ".cache")
+
+
+@contextlib.contextmanager
+def renamed(path):
+    """Yields a temporary path that becomes `path` if the block succeeds; else nothing does."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        temporary = Path(folder, path.name)
+        yield temporary
+        os.replace(temporary, path)
+
+
+def beside(path, ending):
+    """rows/NAME.jsonl.gz -> rows/NAME.ENDING"""
+    stem = Path(path).name.split(".jsonl")[0]
+    return Path(path).with_name(f"{stem}.{ending}")
+
+
+def as_list(value):
+    """A list as it is, any other value as the list of it alone."""
+    return value if isinstance(value, list) else [value]
+
+
+# ---- JSON
+
+
+def read_json(path):
+    """A JSON object from a file -> dict."""
+    try:
+        found = json.loads(Path(path).read_text("utf-8"))
+    except (OSError, ValueError) as error:  # not UTF-8 and not JSON are ValueErrors
+        raise InputError(f"{path}: expected a JSON file: {one_line(error)}") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: expected a JSON object, got {type(found).__name__}")
+    return found
+
+
+def write_json(path, content):
+    """Writes a JSON object, whole or not at all."""
+    with renamed(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+
+
+def check_fields(found, required, optional, where):
+    """Checks a JSON object against {field: type or types}; an unknown field is an error."""
+    if not isinstance(found, dict):
+        raise InputError(f"{where}: expected an object, got {type(found).__name__}")
+    known = required | optional
+    for name, value in found.items():
+        if name not in known:
+            raise InputError(f"{where}: unknown field '{name}': expected one of {list(known)}")
+        types = known[name] if isinstance(known[name], tuple) else (known[name],)
+        if type(value) not in types:
+            expected = " or ".join(kind.__name__ for kind in types)
+            raise InputError(f"{where}: field '{name}': expected {expected}, got {value!r}")
+    for name in required:
+        if name not in found:
+            raise InputError(f"{where}: field '{name}': missing")
+
+
+def check_types(settings):
+    """Checks the fields of a dataclass against their types; an int will do for a float."""
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        kind = int | float if field.type is float else field.type
+        if not isinstance(value, kind):
+            raise InputError(f"field '{field.name}': expected {field.type}, got {value!r}")
+
+
+# ---- lines and rows
+
+
+def open_text(path):
+    """A text file to read, unzipped if its name ends in .gz."""
+    if Path(path).suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8")
+    return open(path, encoding="utf-8")
+
+
+def json_lines(path, **fields):
+    """Yields ("FILE:LINE", object) for each line of a .jsonl or .jsonl.gz file.
+
+    `fields` gives the types that some of an object's fields must have: json_lines(path, text=str).
+    """
+    try:
+        with open_text(path) as file:
+            for number, line in enumerate(file, 1):
+                where = f"{path}:{number}"
+                row = parse_object(line, where)
+                for name, kind in fields.items():
+                    if not isinstance(row.get(name), kind):
+                        raise InputError(f"{where}: field '{name}': expected {kind.__name__}")
+                yield where, row
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        message = f"{path}: expected a .jsonl or .jsonl.gz file: {one_line(error)}"
+        raise InputError(message + how_to_make(Path(path))) from error
+
+
+def parse_object(line, where):
+    """One JSON object from a line of text."""
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"{where}: expected a JSON object: {one_line(error)}") from error
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: expected a JSON object, got {type(row).__name__}")
+    return row
+
+
+def how_to_make(path):
+    """A hint at the command that makes a missing file of a recipe's sources."""
+    if path.exists() or path.parent.parent != cache() / "recipes":
+        return ""
+    return f"; python data/prepare.py --recipe data/{path.parent.name}.json makes it"
+
+
+def read_rows(path):
+    """Checked rows of a .jsonl or .jsonl.gz file -> list of dict, each with a "neg"."""
+    rows = [check_row(row, where) for where, row in json_lines(path)]
+    if not rows:
+        raise InputError(f"{path}: expected at least one row")
+    return rows
+
+
+def is_text(value):
+    """A string of more than white space."""
+    return isinstance(value, str) and value.strip() != ""
+
+
+def check_row(row, where):
+    """Checks one row, gives it an empty "neg" if it has none -> the row."""
+    row.setdefault("neg", [])
+    if not is_text(row.get("query")):
+        raise InputError(f"{where}: field 'query': expected a non-empty string")
+    if not isinstance(row.get("prompt", ""), str):
+        raise InputError(f"{where}: field 'prompt': expected a string")
+    for field in ("pos", "neg"):
+        texts = row.get(field)
+        if not isinstance(texts, list) or not all(is_text(text) for text in texts):
+            raise InputError(f"{where}: field '{field}': expected a list of non-empty strings")
+        scores = row.get(f"{field}_scores", [])
+        numbers = isinstance(scores, list) and all(type(score) in (int, float) for score in scores)
+        if not numbers or len(scores) not in (0, len(texts)):
+            raise InputError(f"{where}: field '{field}_scores': expected {len(texts)} numbers")
+    if not row["pos"]:
+        raise InputError(f"{where}: field 'pos': expected at least one positive")
+    return row
+
+
+def write_rows(path, rows):
+    """One JSON object a line, gzipped if the name ends in .gz.
+
+    Equal rows give equal bytes: no file name and no time is stored.
+    """
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    content = "".join(lines).encode()
+    if Path(path).suffix == ".gz":
+        content = gzip.compress(content, mtime=0)
+    with renamed(path) as temporary:
+        temporary.write_bytes(content)

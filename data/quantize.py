@@ -1,0 +1,39 @@
+"""Smaller weights at load by the optional package torchao: int8, fp8 or int4, to nearest."""
+
+import torch
+
+from data.files import InputError, optional_package
+
+
+def quantize_weights(model, form, names):
+    """Rounds the model's layers whose name ends in one of `names`, in place -> the model.
+
+    int8 and fp8 have a scale for each row of a weight, int4 one for 32 columns of it. Products are
+    computed in the model's dtype. Such weights are neither trained nor saved.
+    """
+    ao = optional_package("torchao.quantization", "quantize")
+    plain = {"set_inductor_config": False}  # else torchao changes settings of all of PyTorch
+    if form == "int8":
+        config = ao.Int8WeightOnlyConfig(**plain)
+    elif form == "fp8":
+        config = ao.Float8WeightOnlyConfig(**plain)
+    elif form != "int4":
+        raise InputError(f"quantize: expected int8, int4 or fp8, got {form!r}")
+    elif model.dtype != torch.bfloat16:
+        raise InputError(f"quantize: expected bfloat16 for int4, got {model.dtype}")
+    elif model.device.type == "cpu":
+        int4 = optional_package("torchao.prototype.quantization.int4", "quantize")
+        config = int4.PrototypeInt4WeightOnlyConfig(group_size=32, **plain)
+    else:
+        packing = {"int4_packing_format": "tile_packed_to_4d"}
+        config = ao.Int4WeightOnlyConfig(group_size=32, **packing, **plain)
+    ao.quantize_(model, config, filter_fn=lambda _, name: name.endswith(names))
+    model.quantized = form
+    return model
+
+
+def check_plain(model):
+    """Refuses to save rounded weights: they are made again at each load."""
+    form = getattr(model, "quantized", None)
+    if form is not None:
+        raise InputError(f"save_pretrained: expected plain weights, got {form}")

@@ -1,0 +1,187 @@
+"""Recipes: the JSON files that say what is trained on and with which settings.
+
+    {"base": str, "seed": int, "datasets": [entry, ...], "stages": {"1": {...}, "2": {...}, ...},
+     "presets": {NAME: {...}, ...}}
+
+An entry is one data set; data/README.md lists its fields. Its rows are a file beside the recipe
+("file") or come from tables of the hub or local files ("source"), which data/prepare.py converts
+into the cache.
+"""
+
+from pathlib import Path
+
+from data.files import InputError, cache, check_fields, read_json
+from data.leakage import OVERLAPS
+
+KINDS = ("retrieval", "classification", "clustering", "sts", "synthetic")
+LABELS = ("examples", "names")  # documents of classes: other texts of the class, or its name
+
+# Field: type or types. The stages' settings are checked by train.py.
+RECIPE = {"base": str, "seed": int, "datasets": list, "stages": dict}
+RECIPE_OPTIONAL = {"presets": dict}
+PRESET_OPTIONAL = {"base": str, "stages": dict, "without": list, "labels": str}
+DATASET = {"name": str, "kind": str, "stages": list, "instruction": str}
+DATASET_OPTIONAL = {
+    "file": str,
+    "names": str,
+    "source": dict,
+    "leakage": dict,
+    "samples": int,
+    "symmetric": bool,
+    "note": str,
+}
+LEAKAGE = {"against": dict, "by": str, "threshold": float}
+
+TABLE = {"path": str, "split": str}
+TABLE_OPTIONAL = {"config": (str, list), "revision": str, "rows": int}
+PAIRS = TABLE | {"query": (str, list), "pos": (str, list)}
+PAIRS_OPTIONAL = TABLE_OPTIONAL | {
+    "neg": (str, list),
+    "route": dict,
+    "at_least": dict,
+    "group": bool,
+    "both": bool,
+    "queries": dict,
+    "corpus": dict,
+}
+CLASSES = TABLE | {"text": (str, list), "label": str}
+CLASSES_OPTIONAL = TABLE_OPTIONAL | {"names": dict, "documents": str}
+TEXTS_BY_ID = TABLE | {"id": str, "text": (str, list)}
+LEAKAGE_TEXTS = TABLE | {"text": str}
+
+
+def read_recipe(path, preset=None, labels=None):
+    """Reads and checks a recipe -> dict with its data sets' files absolute.
+
+    `preset`, or a path that ends in :NAME, is one of the recipe's "presets": another base,
+    settings over those of the stages, data sets left out, other `labels`. `labels` is "examples"
+    or "names" and says what the documents of a set of classes are.
+    """
+    path, preset = split_preset(path, preset)
+    recipe = read_json(path)
+    check_fields(recipe, RECIPE, RECIPE_OPTIONAL, path)
+    presets = recipe.pop("presets", {})
+    for name, fields in presets.items():
+        check_fields(fields, {}, PRESET_OPTIONAL, f"{path}: presets: {name}")
+    if preset is not None and preset not in presets:
+        raise InputError(f"{path}: expected a preset of {list(presets)}, got {preset!r}")
+    changes = presets.get(preset, {})
+
+    labels = labels or changes.get("labels", "examples")
+    if labels not in LABELS:
+        raise InputError(f"{path}: labels: expected examples or names, got {labels!r}")
+    for number, dataset in enumerate(recipe["datasets"]):
+        check_dataset(dataset, f"{path}: datasets[{number}]")
+        locate_dataset(dataset, path, labels)
+    apply_preset(recipe, changes, f"{path}: presets: {preset}")
+    return recipe
+
+
+def split_preset(path, preset):
+    """Splits "FILE:NAME" -> (path of FILE, "NAME"), unless a file has that whole name."""
+    if ":" in str(path) and not Path(path).exists():
+        path, _, preset = str(path).rpartition(":")
+    return Path(path), preset
+
+
+def apply_preset(recipe, changes, where):
+    """Changes a recipe in place as a preset says."""
+    recipe["base"] = changes.get("base", recipe["base"])
+
+    stages = recipe["stages"]
+    for stage, settings in changes.get("stages", {}).items():
+        if stage not in stages or not isinstance(settings, dict):
+            known = list(stages)
+            raise InputError(f"{where}: stage {stage}: expected an object of one of {known}")
+        stages[stage] = stages[stage] | settings
+
+    left_out = changes.get("without", [])
+    names = [dataset["name"] for dataset in recipe["datasets"]]
+    for name in left_out:
+        if name not in names:
+            raise InputError(f"{where}: without: expected one of {names}, got {name!r}")
+    recipe["datasets"] = [
+        dataset for dataset in recipe["datasets"] if dataset["name"] not in left_out
+    ]
+
+
+def check_dataset(dataset, where):
+    """Checks an entry of a recipe's "datasets"."""
+    check_fields(dataset, DATASET, DATASET_OPTIONAL, where)
+    kind = dataset["kind"]
+    if kind not in KINDS:
+        raise InputError(f"{where}: field 'kind': expected one of {KINDS}, got {kind!r}")
+    stages = dataset["stages"]
+    if stages not in ([1], [2], [1, 2]):
+        raise InputError(f"{where}: field 'stages': expected [1], [2] or [1, 2], got {stages}")
+    if ("file" in dataset) == ("source" in dataset):
+        raise InputError(f"{where}: expected either 'file' or 'source'")
+    if "source" in dataset:
+        check_source(dataset["source"], f"{where}: source")
+    if "leakage" in dataset:
+        check_leakage(dataset["leakage"], f"{where}: leakage")
+
+
+def check_source(source, where):
+    """Checks an entry's "source": rows of pairs, or of texts with labels."""
+    if "label" in source:
+        check_fields(source, CLASSES, CLASSES_OPTIONAL, where)
+    else:
+        check_fields(source, PAIRS, PAIRS_OPTIONAL, where)
+    for name, sides in source.get("route", {}).items():
+        known = isinstance(sides, dict) and all(side in ("pos", "neg") for side in sides.values())
+        if not known:
+            message = f"field '{name}': expected pos or neg by value, got {sides!r}"
+            raise InputError(f"{where}: route: {message}")
+    thresholds = source.get("at_least", {})
+    check_fields(thresholds, dict.fromkeys(thresholds, (int, float)), {}, f"{where}: at_least")
+    for name in ("queries", "corpus"):
+        if name in source:
+            check_fields(source[name], TEXTS_BY_ID, TABLE_OPTIONAL, f"{where}: {name}")
+
+
+def check_leakage(leakage, where):
+    """Checks an entry's "leakage": the texts not to train on, and what is too near to one."""
+    check_fields(leakage, LEAKAGE, {}, where)
+    by = leakage["by"]
+    if by not in OVERLAPS:
+        raise InputError(f"{where}: field 'by': expected {' or '.join(OVERLAPS)}, got {by!r}")
+    check_fields(leakage["against"], LEAKAGE_TEXTS, TABLE_OPTIONAL, f"{where}: against")
+
+
+def locate_dataset(dataset, path, labels):
+    """Fills in where a data set's rows are: "file", and the "corpus" that mining searches.
+
+    With `labels` "names", the rows are the data set's label-based form if it has one.
+    """
+    source = dataset.get("source")
+    if source is None:
+        by_names = labels == "names" and "names" in dataset
+        file = dataset["names"] if by_names else dataset["file"]
+        dataset["file"] = str(path.resolve().parent / file)
+    else:
+        by_names = labels == "names" and "label" in source and "documents" not in source
+        stem = dataset["name"]
+        if by_names:
+            source["documents"] = "names"
+            stem += "_names"
+        folder = cache() / "recipes" / path.stem
+        dataset["file"] = str(folder / f"{stem}.jsonl.gz")
+        if dataset["kind"] in ("retrieval", "sts"):
+            dataset["corpus"] = str(folder / f"{dataset['name']}.corpus.jsonl.gz")
+    if by_names:
+        dataset["symmetric"] = False  # a label's name is no query
+
+
+def stage_settings(recipe, path, stage, types):
+    """What a recipe sets for a stage -> {name: value}, checked against train.py's {name: type}."""
+    where = f"{path}: stages.{stage}"
+    settings = recipe["stages"].get(str(stage), {})
+    for name, value in settings.items():
+        if name not in types:
+            raise InputError(f"{where}: unknown setting '{name}'")
+        allowed = (int, float) if types[name] is float else (types[name],)
+        if type(value) not in allowed:
+            expected = types[name].__name__
+            raise InputError(f"{where}.{name}: expected {expected}, got {value!r}")
+    return settings

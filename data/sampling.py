@@ -1,0 +1,162 @@
+"""Which rows a step sees: data sets, sampled and split by seed, then a schedule of batches.
+
+No torch here.
+"""
+
+import functools
+import hashlib
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data.files import InputError, read_rows
+
+
+@dataclass
+class Dataset:
+    name: str
+    instruction: str
+    symmetric: bool  # documents carry the instruction too (STS, clustering)
+    rows: list
+    held_out: list
+    file: str = ""
+
+    def summary(self):
+        return f"{self.name}: {len(self.rows)} rows of {self.file}, {len(self.held_out)} held out"
+
+
+def read_datasets(entries, stage, s, mined=None):
+    """A recipe's entries -> list of Dataset: those of the stage, sampled and split by seed.
+
+    `s` are train.py's Settings. A file of the same name in the folder `mined` takes the place of an
+    entry's own.
+    """
+    if mined and not Path(mined).is_dir():
+        raise InputError(f"--mined {mined}: no such folder")
+    datasets = []
+    for entry in entries:
+        if stage not in entry["stages"]:
+            continue
+        path = Path(entry["file"])
+        if mined and Path(mined, path.name).exists():
+            path = Path(mined, path.name)
+        rows = read_rows(path)
+        order = np.random.default_rng(s.seed).permutation(len(rows))
+        held = min(s.held_out, len(rows) // 10)
+        kept = order[held:][: entry.get("samples")]
+        dataset = Dataset(
+            name=entry["name"],
+            instruction=entry["instruction"],
+            symmetric=entry.get("symmetric", False),
+            rows=[rows[i] for i in kept],
+            held_out=[rows[i] for i in order[:held]],
+            file=str(path),
+        )
+        datasets.append(dataset)
+    if not datasets:
+        raise InputError(f"recipe: expected a data set of stage {stage}, got none")
+    return datasets
+
+
+def check_batch(datasets, batch, ranks):
+    """Refuses a batch that cannot be drawn from the data sets or shared out to the ranks."""
+    rows = sum(len(dataset.rows) for dataset in datasets)
+    if not 1 <= batch <= rows:
+        raise InputError(f"batch: expected at most {rows}, the rows there are, got {batch}")
+    if batch % ranks != 0:
+        raise InputError(f"batch: expected a multiple of the {ranks} ranks, got {batch}")
+
+
+@functools.lru_cache(maxsize=4)
+def epoch_order(sizes, batch, batching, seed, epoch):
+    """The order of an epoch, as numbers of rows counted through all data sets.
+
+    "blended" is one permutation of all rows. With "task" each batch is of one set, the batches are
+    shuffled, and rows that do not fill a batch wait for another epoch.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    starts = np.cumsum([0, *sizes])
+    if batching == "blended":
+        return rng.permutation(starts[-1])
+    if batching != "task":
+        raise InputError(f"batching: expected blended or task, got {batching!r}")
+    if max(sizes) < batch:
+        raise InputError(f"batch: expected at most {max(sizes)}, the largest set's, got {batch}")
+    orders = [rng.permutation(size) for size in sizes]
+    batches = []
+    for start, order in zip(starts, orders, strict=False):
+        for i in range(0, len(order) - batch + 1, batch):
+            batches.append(start + order[i : i + batch])
+    return np.concatenate([batches[i] for i in rng.permutation(len(batches))])
+
+
+def schedule(sizes, s, step):
+    """The rows of a step -> list of (epoch, data set, row). Epochs follow each other without a gap.
+
+    It depends on nothing but its arguments: a resumed run needs only the step, and any number of
+    ranks sees the same batches.
+    """
+    sizes = tuple(sizes)
+    starts = np.cumsum([0, *sizes])
+    epoch_rows = len(epoch_order(sizes, s.batch, s.batching, s.seed, 0))
+    places = []
+    for position in range(step * s.batch, (step + 1) * s.batch):
+        epoch, place = divmod(position, epoch_rows)
+        row = epoch_order(sizes, s.batch, s.batching, s.seed, epoch)[place]
+        dataset = int(np.searchsorted(starts, row, side="right")) - 1
+        places.append((epoch, dataset, int(row - starts[dataset])))
+    return places
+
+
+def shuffled_places(rows, seed):
+    """All rows of lists of rows, once each, as places in a shuffled order."""
+    places = []
+    for dataset, found in enumerate(rows):
+        places.extend((0, dataset, i) for i in range(len(found)))
+    order = np.random.default_rng(seed).permutation(len(places))
+    return [places[i] for i in order]
+
+
+def draw_rows(rows, datasets, places, s):
+    """The rows at places of `schedule` -> list of (Dataset, row, the row's own random generator).
+
+    `rows` has a list for each data set: its training rows, or its held-out ones.
+    """
+    drawn = []
+    for epoch, dataset, i in places:
+        rng = np.random.default_rng([s.seed, epoch, dataset, i])
+        drawn.append((datasets[dataset], rows[dataset][i], rng))
+    return drawn
+
+
+def rows_of_step(datasets, s, step):
+    """The rows of a step -> list of B (Dataset, row, random generator)."""
+    rows = [dataset.rows for dataset in datasets]
+    places = schedule([len(found) for found in rows], s, step)
+    return draw_rows(rows, datasets, places, s)
+
+
+def draw_documents(row, negatives, rng):
+    """One of the row's positives, then its negatives, at most so many -> list of str."""
+    positive = row["pos"][rng.integers(len(row["pos"]))]
+    order = range(len(row["neg"]))
+    if len(row["neg"]) > negatives:
+        order = rng.permutation(len(row["neg"]))[:negatives]
+    return [positive, *(row["neg"][i] for i in order)]
+
+
+def text_id(text):
+    """64 bits that stand for a text where only equality matters."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def known_positives(datasets):
+    """Query -> text_ids of all positives that any row gives it; none of them is ever a negative."""
+    positives = defaultdict(set)
+    for dataset in datasets:
+        for row in dataset.rows + dataset.held_out:
+            positives[row["query"]].update(text_id(text) for text in row["pos"])
+    return positives

@@ -1,0 +1,236 @@
+"""Ablations: grids of small models, and a compact table of any models.
+
+    python experiments/ablate.py --grid pooling --jobs 2            # an ablation of the paper
+    python experiments/ablate.py --compare runs/stage1 runs/stage2  # the means of runs
+
+Grids are declared in ablations.json as lists of cells. A cell trains a small model, once for every
+seed: the local recipe with the file's preset, changed by the cell's "settings" (of every stage),
+"labels" and data sets "without". It may "mine" its own negatives (flags of mine.py). Its "steps"
+are commands, each of which begins with what the one before wrote:
+
+    {"stage": 1, ...}      trains; further keys are settings of the stage
+    {"compress": [flags]}  prunes, see experiments/compress.py
+
+A grid may also name a cell's models as eval.py loads them, for instance quantised: CELL:int8.
+
+A run is a folder named by the hash of all that determines it. So cells share the runs that they
+have in common, a finished one is not run again, and one that was killed goes on.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+if not __package__:  # python experiments/ablate.py
+    sys.path.append(str(ROOT))
+
+from data.files import InputError, read_json, run_command, write_json
+from data.recipes import read_recipe
+from data.tasks import find_tasks
+from eval import PUBLISHED, evaluate, flags, load, markdown, number, run_on_ranks, split_spec
+
+ABLATIONS = ROOT / "experiments/ablations.json"
+LOCKS = {}  # result of a command: held while the command runs
+
+
+# ---- grids
+
+
+def run_grid(name, declared, folder, jobs):
+    """Runs what a grid, or "all", lacks, `jobs` commands at once -> its models as eval.py's."""
+    grids = declared["grids"]
+    if name != "all" and name not in grids:
+        raise InputError(f"--grid {name}: expected all or one of {list(grids)}")
+    names = list(grids) if name == "all" else [name]
+    models = [model for name in names for model in grids[name]]
+    models = list(dict.fromkeys(models))  # grids share cells
+
+    cells = dict.fromkeys(split_spec(model)[0] for model in models)
+    todo = [(folder / cell, seed, declared) for cell in cells for seed in range(declared["seeds"])]
+    with ThreadPoolExecutor(jobs) as pool:
+        done = pool.map(run_cell, *zip(*todo))  # after an error nothing more is started
+        for _ in tqdm(done, total=len(todo), desc=f"grid {name}"):
+            pass
+    return [str(folder / model) for model in models]
+
+
+def run_cell(folder, seed, declared):
+    """Runs the steps of a cell and links FOLDER/SEED to the model that the last one wrote."""
+    cell = declared["cells"][folder.name]
+    recipe = read_recipe(ROOT / "data/local.json", declared["preset"], cell.get("labels"))
+    recipe["seed"] = seed
+    without = cell.get("without", [])
+    recipe["datasets"] = [data for data in recipe["datasets"] if data["name"] not in without]
+    settings = cell.get("settings", {})
+    mined = ()
+    if "mine" in cell:
+        mined = ("--mined", mine(cell["mine"], recipe, folder.parent / "mined"))
+
+    runs = folder.parent / "runs"
+    model = recipe["base"]  # what the next step begins with
+    trained = None  # the last run that was trained
+    for step in cell["steps"]:
+        if "compress" in step:
+            model = compress(runs, recipe, settings, model, step["compress"])
+            continue
+        changes = {name: value for name, value in step.items() if name != "stage"}
+        more = mined
+        if step["stage"] == 3:  # recovery: distilled from the model as it was before pruning
+            more = (*mined, "--teacher", trained)
+        model = train(runs, recipe, step["stage"], settings | changes, model, more)
+        trained = model
+
+    folder.mkdir(parents=True, exist_ok=True)
+    link = folder / str(seed)
+    link.unlink(missing_ok=True)
+    link.symlink_to(model)
+
+
+def mine(rule, recipe, folder):
+    """Mines the recipe's retrieval sets by mine.py's flags `rule` -> folder of the mined rows."""
+    out = folder / "".join(rule).strip("-")
+    files = [data["file"] for data in recipe["datasets"] if data["kind"] == "retrieval"]
+    last = out / f"{Path(files[-1]).name}.json"
+    execute(["mine.py", *rule, "--out", out, "--data", *files], last)
+    return out
+
+
+def train(runs, recipe, stage, changes, model, more):
+    """Trains one stage, with `changes` of its settings and further flags `more` -> the run."""
+    run = make_folder(runs, stage_recipe(recipe, stage, changes), model, more)
+    command = ["train.py", "--stage", stage, "--recipe", run / "recipe.json", "--init", model]
+    execute([*command, *more, "--out", run], run / "config.json")
+    return run
+
+
+def compress(runs, recipe, changes, model, how):
+    """Compresses a model by compress.py's flags `how` -> folder of the smaller model."""
+    run = make_folder(runs, stage_recipe(recipe, 3, changes), model, how)
+    command = ["experiments/compress.py", "--model", model, "--recipe", run / "recipe.json"]
+    execute([*command, *how, "--out", run], run / "config.json")
+    return run
+
+
+def stage_recipe(recipe, stage, changes):
+    """A recipe of one stage only: its data sets, its settings with `changes`."""
+    settings = recipe["stages"][str(stage)] | changes
+    rows_of = min(stage, 2)  # stage 3 reads the rows of stage 2
+    datasets = [data for data in recipe["datasets"] if rows_of in data["stages"]]
+    return recipe | {"datasets": datasets, "stages": {str(stage): settings}}
+
+
+def make_folder(runs, recipe, model, more):
+    """The folder for what a recipe, a model to begin with and further flags determine."""
+    identity = f"{json.dumps(recipe, indent=2)} {model} {more}"
+    folder = runs / hashlib.sha256(identity.encode()).hexdigest()[:12]
+    write_json(folder / "recipe.json", recipe)
+    return folder
+
+
+def execute(command, result):
+    """Runs a command of the project, with one thread, unless the file that it ends with is there.
+
+    What it prints is appended to a file beside the result.
+    """
+    log = result.with_suffix(".output")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    line = [sys.executable, *[str(argument) for argument in command]]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    with LOCKS.setdefault(result, threading.Lock()):  # another cell may need the same
+        if result.exists():
+            return
+        with log.open("a") as out:
+            done = subprocess.run(line, check=False, stdout=out, stderr=out, env=env, cwd=ROOT)
+        if done.returncode != 0 or not result.exists():
+            end = " ".join(log.read_text().split())[-300:]
+            raise InputError(f"{log}: exit status {done.returncode}: {end}")
+
+
+# ---- the compact table
+
+
+def compare(specs, args):
+    """Evaluates models, prints their compact table -> {spec: {row: main scores, one a seed}}."""
+    tasks = find_tasks(args.suite, args.task, args.limit)
+    models = {spec: [load(run, args) for run in runs_by_seed(spec)] for spec in specs}
+    if not tasks:
+        return {}
+    results = {}
+    for spec, runs in models.items():
+        seeds = [evaluate(run, tasks, args) for run in runs]
+        results[spec] = {row: [scores[row][0] for scores in seeds] for row in seeds[0]}
+
+    peers = {}
+    for spec in specs:
+        name = Path(spec).name
+        if name in PUBLISHED["ablations"]:
+            peers[f"{name}, paper"] = PUBLISHED["ablations"][name]
+    if args.task == "all":
+        peers.update(PUBLISHED["suites"].get(args.suite, {}))
+    rows = list(results[specs[0]])
+    print(compact_table(rows[len(tasks) :], results, peers))
+    return results
+
+
+def runs_by_seed(spec):
+    """A model's name -> names of models: itself, or the runs of a folder with one for each seed."""
+    path, words = split_spec(spec)
+    runs = [config.parent for config in Path(path).glob("*/config.json")]
+    runs = sorted(str(run) for run in runs if run.name.isdecimal())
+    return [":".join([run, *words]) for run in runs or [path]]
+
+
+def compact_table(rows, results, peers):
+    """Markdown: a line for each model and peer, sorted by name; a column for each row of scores."""
+    lines = []
+    for spec, scores in results.items():
+        lines.append([Path(spec).name, *[over_seeds(scores[row]) for row in rows]])
+    for name, scores in peers.items():
+        lines.append([name, *[number(scores.get(row, np.nan)) for row in rows]])
+    return markdown([["run", *rows], *sorted(lines)])
+
+
+def over_seeds(scores):
+    """The mean of scores as text, with their standard deviation if there are several."""
+    mean = number(np.mean(scores))
+    if len(scores) == 1 or mean == "-":
+        return mean
+    return f"{mean} ± {np.std(scores, ddof=1):.2f}"
+
+
+# ---- the command
+
+
+def work(args):
+    if args.compare:
+        compare(list(dict.fromkeys(args.compare)), args)
+        return
+    declared = read_json(ABLATIONS)
+    folder = Path(args.out).resolve() / "ablations"
+    models = run_grid(args.grid, declared, folder, args.jobs)
+    flags().parse_args(declared["evaluation"], args)  # over the flags that were given
+    compare(models, args)
+
+
+def main():
+    parser = flags(__doc__)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--grid", help="of ablations.json, or all: run what is missing, compare")
+    what.add_argument(
+        "--compare", nargs="+", metavar="RUN", help="runs, or folders of runs by seed"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="commands of a grid run at once")
+    run_on_ranks(work, parser.parse_args())
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,113 @@
+"""Pictures of runs: loss by step, mean scores, and the latents that the tokens of a text use.
+
+    python experiments/plot.py runs/stage1 runs/stage2    # -> runs/plot.png
+    python experiments/plot.py runs/stage2 --text "The Baikal is a deep lake." --limit 100
+
+The scores are those of eval.py, whose flags are known here too; the latents are the last run's.
+Needs matplotlib.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+if not __package__:  # python experiments/plot.py
+    sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+from data.files import InputError, json_lines, optional_package, run_command
+from eval import Encoder, flags
+from experiments.ablate import compare, runs_by_seed
+
+SHOWN = 48  # latents in the picture
+
+
+def draw_losses(axes, folders):
+    """A curve for each run of its training loss by step."""
+    for run, folder in folders.items():
+        steps = []
+        losses = []
+        for _, record in json_lines(folder / "log.jsonl"):
+            if "loss" in record:
+                steps.append(record["step"])
+                losses.append(record["loss"])
+        axes.plot(steps, losses, label=Path(run).name)
+    axes.legend()
+
+
+def draw_means(axes, results):
+    """Bars of the mean scores, a group for each mean, with the deviation over seeds."""
+    first = list(results.values())[0]
+    rows = [row for row in first if row.endswith("mean")]
+    width = 0.8 / len(results)
+    for i, scores in enumerate(results.values()):
+        seeds = np.array([scores[row] for row in rows])  # (means, seeds)
+        deviations = seeds.std(axis=1, ddof=min(1, seeds.shape[1] - 1))
+        places = np.arange(len(rows)) + i * width
+        axes.bar(places, seeds.mean(axis=1), width, yerr=deviations)
+    axes.set_xticks(range(len(rows)), rows, rotation=20)
+
+
+def draw_latents(axes, tokens, latents, weights):
+    """The attention of tokens (T) to latents, weights (T, SHOWN)."""
+    axes.imshow(weights, aspect="auto")
+    axes.set_xticks(range(len(latents)), latents, rotation=90)
+    axes.set_yticks(range(len(tokens)), tokens)
+
+
+@torch.no_grad()
+def latent_map(model, text):
+    """Which latents the tokens of a text attend to, a mean over heads.
+
+    -> tokens (T), the numbers of the SHOWN latents most used, weights (T, SHOWN)
+    """
+    ids = model.tokenize([text])[0].ids
+    tokens = [model.tokenizer.decode([i], skip_special_tokens=False) for i in ids]
+    lengths = (len(ids),)
+    hidden = model.embedding_model(torch.tensor(ids, device=model.device), lengths, model.dtype)
+
+    layer = model.latent_attention_model
+    queries = layer.cross_attend_blocks[0].norm(hidden)  # (T, D)
+    keys, _ = layer.fold(hidden.dtype)  # (D, C R)
+    scores = (queries @ keys).float().unflatten(-1, (model.config.num_cross_heads, -1))
+    weights = scores.softmax(dim=-1).mean(dim=1).cpu().numpy()  # (T, R)
+
+    most_used = np.sort(weights.sum(axis=0).argsort()[-SHOWN:])
+    return tokens, most_used, weights[:, most_used]
+
+
+def plot(args):
+    figure_module = optional_package("matplotlib.figure", "experiments/plot.py")
+    figure = figure_module.Figure(figsize=(20, 7), layout="constrained")
+    curves, bars, latents = figure.subplots(1, 3)
+    encoders = {}  # of each run, or of its first seed
+    for run in dict.fromkeys(args.runs):
+        name = runs_by_seed(run)[0]
+        encoders[run] = Encoder(name, args.max_length, args.dtype, args.limit, args.perturb)
+
+    # what can fail at once comes first; evaluation takes minutes
+    draw_losses(curves, {run: encoder.folder for run, encoder in encoders.items()})
+    model = encoders[args.runs[-1]].model
+    if model.config.pooling != "latent":
+        raise InputError(f"{args.runs[-1]}: no latents with pooling '{model.config.pooling}'")
+    draw_latents(latents, *latent_map(model, args.text))
+    results = compare(list(encoders), args)
+    if not results:  # the suite has no task of the wanted type
+        return
+    draw_means(bars, results)
+
+    figure.suptitle("loss by step, mean scores x 100, attention of tokens to latents")
+    figure.savefig(Path(args.out, "plot.png"))
+
+
+def main():
+    parser = flags(__doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="runs, or folders of runs by seed")
+    text = "The Baikal is a deep lake."
+    parser.add_argument("--text", default=text, help="text of the latent map")
+    plot(parser.parse_args())
+
+
+if __name__ == "__main__":
+    run_command(main)
