@@ -43,6 +43,7 @@ from nvembed import NVEmbed, fast_dtype, read_tensors
 # then choose at random (see `choose`).
 RULES = {"percpos": 0.95, "naive": 1e9, "shifted": 10, "abs": 0.7, "margin": 0.05}
 RULES |= {"sampled": 0.95, "top1": 0.95}
+DTYPES = ("bfloat16", "float32")
 MINED_KINDS = ("retrieval", "sts")  # of a recipe's data sets
 SHARD = 4096  # vectors in a file
 WIDE = 1024  # D from which bf16 products pay on CPUs that have them; below, faiss is as fast
@@ -140,7 +141,7 @@ def bf16_is_faster(queries):
 
 
 def search_in_fp32(queries, shards, k, memory):
-    """`search` by fp32 products. 2 k candidates, as their last bits depend on the library."""
+    """`search` by fp32 products: 2 k candidates, because a library's last bits are its own."""
     candidates = scan(queries.to(DEVICE, torch.float32), shards, 2 * k, memory)[1]
     return rescore(queries, candidates, shards, k, memory)
 
@@ -187,8 +188,9 @@ def scan(queries, shards, n, memory):
     n = min(n, sum(len(shard) for shard in shards))
     best = torch.full((len(queries), n), -torch.inf, device=queries.device)  # (Q, n)
     ids = torch.zeros_like(best, dtype=torch.int64)  # (Q, n)
-    document_bytes = 4 * queries.shape[1] + 8 * len(queries)  # its vector and scores
-    size = max(1, memory // 8 // document_bytes)
+    # a document takes its vector, twice as the heap frees it late, and its scores
+    document_bytes = 2 * queries.element_size() * queries.shape[1] + 8 * len(queries)
+    size = max(1, memory // 4 // document_bytes)
     blocks = [block for shard in shards for block in shard.split(size)]
     first_id = 0
     for block in tqdm(blocks, desc="search"):
@@ -351,12 +353,12 @@ def choose(usable, count, rule, seeds):
 
 
 def mine(rows, teachers, entry, args, corpus_paths=()):
-    """Mines the rows of a recipe's entry -> rows with negatives and scores; counts, see below.
+    """Mines the rows of a recipe's entry -> (rows with neg, neg_scores and pos_scores, counts).
 
     Each of several teachers chooses its share of a row's negatives. One that two of them choose
     is there twice, which NV-Retriever found best, unless args.distinct. pos_scores are those of
-    the last teacher. Counts say what became of all candidates: known positives, dropped by the
-    rule, surplus, kept. Only rank 0 mines; the others help to encode, and their result is void.
+    the last teacher. The counts divide all candidates into known positives, dropped by the rule,
+    surplus and kept. Ranks other than 0 only help to encode; what they return is of no use.
     """
     documents, positives, known = build_corpus(rows, corpus_paths)
     task = entry["instruction"]
@@ -480,7 +482,7 @@ def main():
     flag("--distinct", action="store_true", help="several teachers: no negative twice in a row")
     flag("--index", help="approximate: faiss factory and settings, 'IVF1024,Flat nprobe=32'")
     flag("--max-length", type=int, help="tokens of a text; default: stage 1's in the recipe")
-    flag("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the vectors")
+    flag("--dtype", choices=DTYPES, default="bfloat16", help="of vectors; float32: of teachers too")
     flag("--memory", type=float, default=1, help="GiB of the search, above program and texts")
     flag("--seed", type=int, default=0)
     args = parser.parse_args()

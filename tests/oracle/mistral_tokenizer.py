@@ -1,17 +1,20 @@
-"""Mistral-7B's tokenizer.json from the sentencepiece model in the package mistral-common (Apache-2.0).
+"""Mistral-7B's tokenizer.json, from the sentencepiece model in mistral-common (Apache-2.0).
 
-A BPE with byte fallback; merges are every split of a piece into two pieces, the best-scored piece first.
-It is the conversion that transformers makes of a Llama tokenizer, without sentencepiece or protobuf.
+A BPE with byte fallback; merges are every split of a piece into two pieces, the best-scored piece
+first. It is the conversion that transformers makes of a Llama tokenizer, without sentencepiece or
+protobuf.
 """
 
 import struct
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
-from data import prepare
+from data import base
+from data.files import cache, renamed
 
-VERSION, SHA256 = "1.13.1", "98b4d0755b8d90bf4691fa8f1b70cb3b4a8cd4dc1653c4ed08ef3d1c7d2c29af"
-NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6  # sentencepiece_model.proto, SentencePiece.Type
+VERSION = "1.13.1"
+SHA256 = "98b4d0755b8d90bf4691fa8f1b70cb3b4a8cd4dc1653c4ed08ef3d1c7d2c29af"
+NORMAL, UNKNOWN, CONTROL = 1, 2, 3  # sentencepiece_model.proto, SentencePiece.Type
 
 
 def varint(data, at):
@@ -25,7 +28,7 @@ def varint(data, at):
 
 
 def fields(data):
-    """A protobuf message -> (field number, value) pairs: bytes if length-delimited, floats if 32-bit."""
+    """A protobuf message -> (field number, value) pairs: ints, bytes or 32-bit floats."""
     at = 0
     while at < len(data):
         key, at = varint(data, at)
@@ -47,32 +50,39 @@ def read_pieces(path):
 
 
 def convert(path):
-    """sentencepiece BPE model -> tokenizers.Tokenizer with Mistral's normalizer and post-processor."""
+    """sentencepiece BPE model -> Tokenizer with Mistral's normalizer and post-processor."""
     pieces = read_pieces(path)
-    vocab, scores = {piece: i for i, (piece, _, _) in enumerate(pieces)}, {}
+    vocab = {piece: i for i, (piece, _, _) in enumerate(pieces)}
+    scores = {}
     for piece, score, kind in pieces:
-        splits = ((piece[:i], piece[i:]) for i in range(1, len(piece))) if kind == NORMAL else ()
-        found = [(a, b) for a, b in splits if a in vocab and b in vocab]
-        scores |= dict.fromkeys(sorted(found, key=lambda ab: (vocab[ab[0]], vocab[ab[1]])), score)
+        if kind != NORMAL:
+            continue
+        splits = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
+        known = [(a, b) for a, b in splits if a in vocab and b in vocab]
+        for pair in sorted(known, key=lambda ab: (vocab[ab[0]], vocab[ab[1]])):
+            scores[pair] = score
     merges = sorted(scores, key=lambda ab: -scores[ab])
-    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    bpe = models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    tokenizer = Tokenizer(bpe)
+
     special = [piece for piece, _, kind in pieces if kind in (UNKNOWN, CONTROL)]
-    tokenizer.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in special])
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
-    strip = decoders.Strip(" ", 1, 0)
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip]
+    tokenizer.add_special_tokens(
+        [AddedToken(piece, special=True, normalized=False) for piece in special]
     )
+    spaces = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    tokenizer.normalizer = normalizers.Sequence(spaces)
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    back = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*back, decoders.Strip(" ", 1, 0)])
     return tokenizer
 
 
 def mistral_tokenizer():
-    """Path of Mistral-7B-v0.1's tokenizer.json in the cache; the package is fetched once, checked by hash."""
-    path = prepare.cache() / f"mistral-{VERSION}-tokenizer.json"
+    """Path of Mistral-7B-v0.1's tokenizer.json in the cache; the package is fetched once."""
+    path = cache() / f"mistral-{VERSION}-tokenizer.json"
     if not path.exists():
-        prepare.PACKAGES["mistral-common"] = (VERSION, 7, SHA256)
-        folder = prepare.fetch("mistral-common") / "mistral_common" / "data"
-        with prepare.renamed(path) as temporary:
+        base.PACKAGES["mistral-common"] = (VERSION, 7, SHA256)
+        folder = base.fetch("mistral-common") / "mistral_common" / "data"
+        with renamed(path) as temporary:
             convert(folder / "tokenizer.model.v1").save(str(temporary))
     return path

@@ -1,7 +1,7 @@
-"""Independent references: transformers' decoders, the released latent attention layer and pipeline.
+"""Independent references: transformers' decoders, the released latent layer and pipeline.
 
-Everything here is padded and unfolded, takes weights by released names, and shares no code with nvembed.py.
-B texts, T tokens of the longest, D model width, R latents, C cross-attention heads.
+Everything here is padded and unfolded, takes weights by released names, and shares no code with
+nvembed.py. B texts, T tokens of the longest, D model width, R latents, C cross-attention heads.
 """
 
 import json
@@ -16,18 +16,44 @@ SENTENCES = (
     "How do plants make the food that they need to live? Plants use the light of the sun.",
     "The history of the city begins with the river that runs through the middle of it.",
 )
-TINY = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
-TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "bos_token_id": 1}
-TINY |= {"eos_token_id": 2, "max_position_embeddings": 512}
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0}
-LLAMA3 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
-FULL = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
-FULL |= {"num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 10000.0}
-FULL |= {"max_position_embeddings": 32768, "sliding_window": 4096, "bos_token_id": 1, "eos_token_id": 2}
+TINY = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "max_position_embeddings": 512,
+}
+FULL = {  # NV-Embed-v2
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 32768,
+    "sliding_window": 4096,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-# --------------------------------------------------------------------------------------------- tiny tokenizer
+# ---- tiny tokenizer
 
 
 def tiny_tokenizer():
@@ -45,11 +71,11 @@ def tiny_tokenizer():
     return tokenizer
 
 
-# --------------------------------------------------------------------------------------------------- decoders
+# ---- decoders
 
 
 def randomise(model, seed=0):
-    """So large that every block matters and the states are O(1): N(0, 1 / fan-in), norms 1 +- 0.2."""
+    """N(0, 1 / fan-in), norms 1 +- 0.2: every block matters and the states are O(1)."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -92,7 +118,7 @@ def write_base(folder, tokenizer_json, model):
     (folder / "tokenizer.json").write_text(tokenizer_json.read_text())
 
 
-# ------------------------------------------------------------------------------------------- latent attention
+# ---- latent attention
 
 
 def layer_norm(w, name, x):
@@ -107,26 +133,31 @@ def heads_first(x, heads):
 
 
 def latent_layer(w, h, heads=8, lengths=None):
-    """h (B, T, D) -> (B, T, D). With `lengths`, keys and values are of the text itself (pooling "self")."""
+    """h (B, T, D) -> (B, T, D). With `lengths`, keys and values are the text's own ("self")."""
     w = {name.removeprefix("latent_attention_model."): tensor for name, tensor in w.items()}
-    block, mask = "cross_attend_blocks.0.", 0.0
-    context = w["latents"].expand(len(h), -1, -1) if lengths is None else h
-    x, context = layer_norm(w, block + "norm", h), layer_norm(w, block + "norm_context", context)
-    k, v = (context @ w[block + "fn.to_kv.weight"].T).chunk(2, dim=-1)
-    q, k, v = (heads_first(t, heads) for t in (x @ w[block + "fn.to_q.weight"].T, k, v))
-    if lengths is not None:
+    block = "cross_attend_blocks.0."
+    if lengths is None:
+        context = w["latents"].expand(len(h), -1, -1)
+        mask = 0.0
+    else:
+        context = h
         mask = bidirectional_mask(lengths, h.dtype)
+    x = layer_norm(w, block + "norm", h)
+    context = layer_norm(w, block + "norm_context", context)
+    q = heads_first(x @ w[block + "fn.to_q.weight"].T, heads)
+    k, v = (context @ w[block + "fn.to_kv.weight"].T).chunk(2, dim=-1)
+    k, v = heads_first(k, heads), heads_first(v, heads)
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + mask
     out = (scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2)
     h = out @ w[block + "fn.to_out.weight"].T + h
     block = "cross_attend_blocks.1."
-    x = layer_norm(w, block + "norm", h) @ w[block + "fn.net.0.weight"].T + w[block + "fn.net.0.bias"]
-    x, gate = x.chunk(2, dim=-1)
+    x = layer_norm(w, block + "norm", h)
+    x, gate = (x @ w[block + "fn.net.0.weight"].T + w[block + "fn.net.0.bias"]).chunk(2, dim=-1)
     gelu = 0.5 * gate * (1 + torch.erf(gate / 2**0.5))
     return (x * gelu) @ w[block + "fn.net.2.weight"].T + w[block + "fn.net.2.bias"] + h
 
 
-# -------------------------------------------------------------------------------------------- released folder
+# ---- released folder
 
 
 def released_shapes(c, latents=512, heads=8):
@@ -144,29 +175,50 @@ def released_shapes(c, latents=512, heads=8):
         shapes |= {f"{layer}mlp.{p}_proj.weight": (f, d) for p in ("gate", "up")}
         shapes |= {f"{layer}mlp.down_proj.weight": (d, f)}
         shapes |= {f"{layer}{p}_layernorm.weight": (d,) for p in ("input", "post_attention")}
-    latent, width = "latent_attention_model.", heads * d
-    shapes |= {f"{latent}latents": (latents, d)}
+    latent = "latent_attention_model."
+    width = heads * d
+    shapes[f"{latent}latents"] = (latents, d)
     for norm in ("0.norm", "0.norm_context", "1.norm"):
         shapes |= {f"{latent}cross_attend_blocks.{norm}.{p}": (d,) for p in ("weight", "bias")}
-    cross, net = f"{latent}cross_attend_blocks.0.fn.", f"{latent}cross_attend_blocks.1.fn.net."
-    shapes |= {f"{cross}to_q.weight": (width, d), f"{cross}to_kv.weight": (2 * width, d)}
-    shapes |= {f"{cross}to_out.weight": (d, width), f"{net}0.weight": (8 * d, d), f"{net}0.bias": (8 * d,)}
-    return shapes | {f"{net}2.weight": (d, 4 * d), f"{net}2.bias": (d,)}
+    cross = f"{latent}cross_attend_blocks.0.fn."
+    net = f"{latent}cross_attend_blocks.1.fn.net."
+    return shapes | {
+        f"{cross}to_q.weight": (width, d),
+        f"{cross}to_kv.weight": (2 * width, d),
+        f"{cross}to_out.weight": (d, width),
+        f"{net}0.weight": (8 * d, d),
+        f"{net}0.bias": (8 * d,),
+        f"{net}2.weight": (d, 4 * d),
+        f"{net}2.bias": (d,),
+    }
 
 
 def released_config(text):
-    """config.json of NV-Embed-v2: latent_attention_config names only its type, so its defaults hold."""
-    text = {"model_type": "bidir_mistral", "architectures": ["MistralModel"], "hidden_act": "silu"} | text
-    text |= {"_name_or_path": "nvidia/NV-Embed-v2", "is_decoder": False, "torch_dtype": "float32"}
-    config = {
+    """config.json of NV-Embed-v2, whose latent_attention_config names only its type."""
+    decoder = {
+        "model_type": "bidir_mistral",
+        "architectures": ["MistralModel"],
+        "hidden_act": "silu",
+        "_name_or_path": "nvidia/NV-Embed-v2",
+        "is_decoder": False,
+        "torch_dtype": "float32",
+    }
+    return {
         "model_type": "nvembed",
         "architectures": ["NVEmbedModel"],
         "_name_or_path": "nvidia/NV-Embed-v2",
+        "auto_map": {"AutoModel": "modeling_nvembed.NVEmbedModel"},
+        "hidden_size": text["hidden_size"],
+        "add_eos": True,
+        "add_pad_token": True,
+        "is_mask_instruction": True,
+        "mask_type": "b",
+        "latent_attention_config": {"model_type": "latent_attention"},
+        "padding_side": "right",
+        "text_config": decoder | text,
+        "torch_dtype": "float16",
+        "transformers_version": "4.42.4",
     }
-    config |= {"auto_map": {"AutoModel": "modeling_nvembed.NVEmbedModel"}, "hidden_size": text["hidden_size"]}
-    config |= {"add_eos": True, "add_pad_token": True, "is_mask_instruction": True, "mask_type": "b"}
-    config |= {"latent_attention_config": {"model_type": "latent_attention"}, "padding_side": "right"}
-    return config | {"text_config": text, "torch_dtype": "float16", "transformers_version": "4.42.4"}
 
 
 def random_weights(shapes, seed=0):
@@ -189,10 +241,14 @@ def write_released(folder, tokenizer_json, shards=1, seed=0, text=None):
     if shards == 1:
         safetensors.torch.save_file(state, folder / "model.safetensors")
         return state
-    where = {name: f"model-{i % shards + 1:05}-of-{shards:05}.safetensors" for i, name in enumerate(state)}
+    where = {}
+    for i, name in enumerate(state):
+        where[name] = f"model-{i % shards + 1:05}-of-{shards:05}.safetensors"
     for file in set(where.values()):
-        safetensors.torch.save_file({n: t for n, t in state.items() if where[n] == file}, folder / file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+        part = {name: tensor for name, tensor in state.items() if where[name] == file}
+        safetensors.torch.save_file(part, folder / file)
+    index = {"metadata": {}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return state
 
 
@@ -204,7 +260,7 @@ def read_released(folder):
     return state
 
 
-# ------------------------------------------------------------------------------------------ released pipeline
+# ---- released pipeline
 
 
 def prefix_of(instruction):
@@ -212,24 +268,26 @@ def prefix_of(instruction):
 
 
 def released_ids(tokenizer, text, instruction="", max_length=512, bos="<s>", eos="</s>"):
-    """The released tokenisation: eos appended as text, bos first, then truncated; n masked from 0."""
-    encode, ids = tokenizer.encode, [tokenizer.token_to_id(bos)] if bos else []
-    ids += encode(prefix_of(instruction) + text + eos, add_special_tokens=False).ids
-    return ids[:max_length], len(encode(prefix_of(instruction), add_special_tokens=False).ids)
+    """The released tokenisation: eos appended as text, bos first, truncated -> ids, masked."""
+    ids = [tokenizer.token_to_id(bos)] if bos else []
+    prefix = prefix_of(instruction)
+    ids += tokenizer.encode(prefix + text + eos, add_special_tokens=False).ids
+    return ids[:max_length], len(tokenizer.encode(prefix, add_special_tokens=False).ids)
 
 
 def released_embed(folder, texts, instruction="", max_length=512):
-    """Embeddings (B, D) of a tiny released folder by transformers' MistralModel and the references above."""
-    state, config = read_released(folder), json.loads((folder / "config.json").read_text())
+    """Embeddings (B, D) of a tiny released folder by MistralModel and the references above."""
+    state = read_released(folder)
+    config = json.loads((folder / "config.json").read_text())
+    settings = TINY | {"sliding_window": None, "tie_word_embeddings": False}
+    hf_config = transformers.MistralConfig(**settings, attn_implementation="eager")
+    decoder = transformers.MistralModel(hf_config).eval()
     prefix = "embedding_model."
-    decoder = transformers.MistralModel(
-        transformers.MistralConfig(
-            **TINY, sliding_window=None, tie_word_embeddings=False, attn_implementation="eager"
-        )
-    ).eval()
-    decoder.load_state_dict({n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)})
+    own = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+    decoder.load_state_dict(own)
     latent = {n: t for n, t in state.items() if n.startswith("latent_attention_model.")}
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+
     pairs = [released_ids(tokenizer, text, instruction, max_length) for text in texts]
     h = latent_layer(latent, hf_states(decoder, [ids for ids, _ in pairs], causal=False))
     pool = torch.zeros(h.shape[:2])

@@ -1,0 +1,120 @@
+"""InfoNCE = a double loop over the batch's own texts."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import a_batch, settings, some_rows, tangled_rows
+
+import train
+
+
+def pairs(texts, instructions, max_length):
+    """Stands for a tokenizer: batch.tokens are (instruction, text) pairs."""
+    return list(zip(instructions, texts, strict=True))
+
+
+TEXTS = SimpleNamespace(tokenize=pairs)
+
+
+def unit_vectors(count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, 8, dtype=torch.float64, generator=generator)
+    return torch.nn.functional.normalize(x, dim=-1).requires_grad_()
+
+
+def text_vectors(batch):
+    """A vector for each text, equal for equal ones, so near that no softmax saturates."""
+    near = 1 + 0.1 * unit_vectors(1 + len(batch.tokens)).detach()
+    texts = [text for _, text in batch.tokens]
+    first = [texts.index(text) for text in texts]
+    return torch.nn.functional.normalize(near[first], dim=-1).requires_grad_()
+
+
+def double_loop(e, batch, rows, s):
+    """InfoNCE written out over the batch's own texts."""
+    texts = [text for _, text in batch.tokens]
+    columns = [[] for _ in rows]  # of each row: (text, embedding), the positive first
+    place = len(rows)
+    for row, mine in zip(rows, columns, strict=True):
+        for _ in range(1 + min(len(row["neg"]), s.negatives)):
+            mine.append((texts[place], e[place]))
+            place += 1
+    assert place == len(texts)
+    total = 0
+    for i, row in enumerate(rows):
+        same = [other for other in rows if other["query"] == row["query"]]
+        positives = [text for other in same for text in other["pos"]]
+        terms = [torch.exp(e[i] @ columns[i][0][1] / s.temperature)]
+        for j in range(len(rows)):
+            for k, (text, d) in enumerate(columns[j]):
+                if (i, 0) != (j, k) and text not in positives and (s.in_batch or i == j):
+                    terms.append(torch.exp(e[i] @ d / s.temperature))
+        total = total - torch.log(terms[0] / sum(terms))
+    return total / len(rows)
+
+
+@pytest.mark.parametrize("temperature", (0.02, 0.5))
+@pytest.mark.parametrize("in_batch", (True, False))
+@pytest.mark.parametrize("negatives", (0, 2, 7))
+def test_info_nce_equals_a_double_loop(in_batch, negatives, temperature):
+    s = settings(in_batch=in_batch, negatives=negatives, temperature=temperature)
+    rows = tangled_rows(negatives)
+    batch = a_batch(TEXTS, rows, s)
+    assert batch.valid.shape == (7, 1 + negatives)
+    assert batch.positive_ids.shape == (7, 3)
+    e = text_vectors(batch)
+    loss, accuracy = train.batch_loss(e, batch, s)
+    expected = double_loop(e, batch, rows, s)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12, abs=1e-12)
+    assert 0 <= accuracy <= 1
+    (ours,) = torch.autograd.grad(loss, e, retain_graph=True)
+    (theirs,) = torch.autograd.grad(expected, e, retain_graph=True)
+    assert (ours - theirs).norm() <= 1e-10 * max(theirs.norm(), 1e-3)
+    if in_batch or negatives:
+        assert theirs.norm() > 0.01
+        blind = replace(batch, positive_ids=torch.zeros_like(batch.positive_ids))
+        other = train.batch_loss(e, blind, s)[0].item()
+        assert abs(other - loss.item()) > 1e-3  # control: duplicates count
+
+
+def test_other_rows_are_negatives_only_in_batch():
+    rows = some_rows(5)
+    on = settings(in_batch=True, temperature=0.5)
+    off = settings(in_batch=False, temperature=0.5)
+    batch = a_batch(TEXTS, rows, on)
+    e = unit_vectors(len(batch.tokens))
+    assert train.batch_loss(e, batch, on)[0] > train.batch_loss(e, batch, off)[0] + 0.5
+    alone = settings(in_batch=False, negatives=0)
+    assert train.batch_loss(e[:10], a_batch(TEXTS, rows, alone), alone)[0] == 0
+
+
+@pytest.mark.parametrize("in_batch", (True, False))
+def test_short_negatives_are_masked_not_repeated(in_batch):
+    rows, s = some_rows(4, 1), settings(in_batch=in_batch, temperature=0.5)
+    one = a_batch(TEXTS, rows, settings(negatives=1))
+    seven = a_batch(TEXTS, rows, settings(negatives=7))
+    e = unit_vectors(12)
+    losses = [train.batch_loss(e, batch, s)[0].item() for batch in (one, seven)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-14)
+    assert seven.valid.sum() == 8
+    repeated = [row | {"neg": row["neg"] * 7} for row in rows]  # control
+    batch = a_batch(TEXTS, repeated, settings(negatives=7))
+    copies = [e[:4]]
+    for i in range(4):
+        copies.append(torch.stack([e[4 + 2 * i], *[e[5 + 2 * i]] * 7]))
+    assert train.batch_loss(torch.cat(copies), batch, s)[0].item() > losses[0] + 0.5
+
+
+def test_one_positive_and_the_negatives_are_drawn():
+    row, s = some_rows(1, 6)[0], settings(negatives=2)
+    texts = [text for _, text in a_batch(TEXTS, [row] * 8, s).tokens[8:]]
+    drawn = [set(texts[3 * i + 1 : 3 * i + 3]) for i in range(8)]
+    for negatives in drawn:
+        assert len(negatives) == 2
+        assert negatives <= set(row["neg"])
+    assert set.union(*drawn) == set(row["neg"])
+    row["pos"] += ["a second positive", "a third positive"]
+    positives = {text for _, text in a_batch(TEXTS, [row] * 16, s).tokens[16::3]}
+    assert positives == set(row["pos"])

@@ -1,0 +1,153 @@
+"""data/prepare.py as a command: killed at any file and started again it writes the same bytes."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import train
+from sources import small_recipe
+
+from data import prepare
+from data.files import ROOT, InputError, json_lines, read_rows, write_rows
+from data.recipes import read_recipe
+
+
+def contents(folder):
+    """Name -> bytes of each file in a folder."""
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
+
+
+def command(monkeypatch, *args):
+    """prepare.py in this process."""
+    monkeypatch.setattr(sys, "argv", ["prepare.py", *map(str, args)])
+    prepare.main()
+
+
+def run(*args, seed="0", **environment):
+    """prepare.py in a process of its own, whose hashes of strings are salted by the seed."""
+    line = [sys.executable, ROOT / "data/prepare.py", *args]
+    environment = os.environ | {"PYTHONHASHSEED": seed} | environment
+    line = [str(part) for part in line]
+    return subprocess.run(line, capture_output=True, text=True, env=environment, check=False)
+
+
+def test_interrupted_and_resumed(tmp_path, monkeypatch, capsys):
+    """Killed before any of the files takes its name, and started again; what is done stays."""
+    recipe = small_recipe(tmp_path / "source")
+    command(monkeypatch, "--recipe", recipe, "--out", tmp_path / "whole")
+    whole = contents(tmp_path / "whole")
+    assert len(whole) == 4 * 3 + 2
+    replace = os.replace
+    renames = []
+    stop = 0
+
+    def killed(*paths):
+        renames.append(paths)
+        if len(renames) == stop + 1:
+            raise KeyboardInterrupt
+        replace(*paths)
+
+    for stop in range(len(whole)):
+        renames.clear()
+        out = tmp_path / f"stop{stop}"
+        monkeypatch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            command(monkeypatch, "--recipe", recipe, "--out", out)
+        monkeypatch.setattr(os, "replace", replace)
+        assert len(contents(out)) == stop
+        finished = {path.name: path.stat().st_mtime_ns for path in out.glob("*.json")}
+        capsys.readouterr()
+        command(monkeypatch, "--recipe", recipe, "--out", out)
+        assert contents(out) == whole
+        assert capsys.readouterr().out.count("already made so") == len(finished)
+        for name, time in finished.items():
+            assert (out / name).stat().st_mtime_ns == time
+
+
+def test_another_setting_is_another_file(tmp_path, monkeypatch):
+    recipe = small_recipe(tmp_path / "source")
+    out = tmp_path / "rows"
+    command(monkeypatch, "--recipe", recipe, "--out", out, "--only", "Emotion")
+    before = contents(out)
+    command(monkeypatch, "--recipe", recipe, "--out", out, "--only", "Emotion", "--labels", "names")
+    after = contents(out)
+    endings = ("jsonl.gz", "json", "dropped.jsonl")
+    assert set(after) - set(before) == {f"Emotion_names.{ending}" for ending in endings}
+    assert before.items() <= after.items()
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_same_bytes(tmp_path):
+    recipe = small_recipe(tmp_path / "source")
+    for seed in "12":
+        done = run("--recipe", recipe, "--out", tmp_path / seed, seed=seed)
+        assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+    bad = run("--recipe", recipe, "--only", "MSMARCO")
+    assert bad.returncode == 2
+    assert bad.stderr.count("\n") == 1
+    assert bad.stderr.startswith("error: --only: expected one of ['FiQA',")
+
+
+def test_training_finds_what_it_wrote(tmp_path, monkeypatch, capsys):
+    """In the cache; for a set that is not there one line says what to run."""
+    recipe = small_recipe(tmp_path / "source")
+    monkeypatch.setenv("NVEMBED_CACHE", str(tmp_path / "cache"))
+    command(monkeypatch, "--recipe", recipe, "--only", "FiQA")
+    told = capsys.readouterr().out
+    assert told.endswith("read 5, label or score 1, missing id 1, kept 3\n")
+    entries = read_recipe(recipe)["datasets"]
+    settings = train.Settings(batch=2, held_out=0)
+    assert len(train.read_datasets(entries, 1, settings)[0].rows) == 3
+    hint = re.escape("python data/prepare.py --recipe data/small.json makes it")
+    with pytest.raises(InputError, match=f"STS12.jsonl.gz: expected .*{hint}$"):
+        train.read_datasets(entries, 2, settings)
+
+
+def test_leakage_of_two_files(tmp_path, monkeypatch, capsys):
+    """Any rows against any file: counts, the rows kept, and those dropped with what they share."""
+    against = ROOT / "data/eval/trec.jsonl.gz"
+    leak = [row["text"] for _, row in json_lines(against)][7]
+    honest = {"query": "an honest question about nothing", "pos": ["p"]}
+    copied = {"query": "q", "pos": [leak + " ."]}
+    rows = tmp_path / "rows.jsonl"
+    kept = tmp_path / "kept.jsonl"
+    write_rows(rows, [honest, copied])
+    command(monkeypatch, "--leakage", rows, "--against", against, "--out", kept)
+    assert capsys.readouterr().out == "{'rows': 2, 'kept': 1, 'dropped': 1}\n"
+    assert [row["query"] for row in read_rows(kept)] == [honest["query"]]
+    ((_, dropped),) = json_lines(tmp_path / "kept.dropped.jsonl")
+    assert dropped == copied | {"overlap": 1.0}
+    with pytest.raises(InputError, match=f"^{tmp_path}/no.jsonl: expected"):
+        command(monkeypatch, "--leakage", rows, "--against", tmp_path / "no.jsonl")
+    with pytest.raises(InputError, match="^--leakage: expected --against too$"):
+        command(monkeypatch, "--leakage", rows)
+
+
+def test_unknown_part(monkeypatch):
+    with pytest.raises(InputError, match="^--only: expected one of .'base', 'minilm', 'sets'"):
+        command(monkeypatch, "--only", "sts")
+
+
+@pytest.mark.slow
+def test_shipped_sets_are_rebuilt(tmp_path, monkeypatch, capsys):
+    """The shipped files come out byte for byte, and the rows that mining starts from."""
+    shipped = {path.name: path.read_bytes() for path in (ROOT / "data/eval").glob("*.jsonl.gz")}
+    monkeypatch.setattr(prepare.sets, "DATA", tmp_path)
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval/squad.jsonl.gz").write_bytes(shipped["squad.jsonl.gz"])
+    command(monkeypatch, "--only", "sets")
+    assert capsys.readouterr().out == (
+        "sets: {'trec': (55, 4029), 'spam': (113, 3938), 'sentiment': (14, 2010), "
+        "'articles': (2713, 5599)}\n"
+    )
+    built = contents(tmp_path / "eval")
+    assert set(shipped) - set(built) == {"debian.jsonl.gz", "sts.jsonl.gz"}
+    assert built.items() <= shipped.items()
+    training = contents(tmp_path)
+    assert len(training) == 6
+    for name, content in training.items():
+        assert content == (ROOT / "data" / name).read_bytes(), name

@@ -1,0 +1,292 @@
+"""train.py as a user runs it: log, stages, finished runs, own rows, bad input.
+
+Commands run in this process, on rows of random words that a tiny random base can embed.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import peft
+import pytest
+import references
+import torch
+import transformers
+from helpers import FILES, WORDS, command, log, log_head, settings, some_rows, told
+from safetensors.torch import load_file
+
+import train
+from data import sampling
+from data.files import write_rows
+from data.runs import checkpoint
+from nvembed import NVEmbed
+
+# ---- a run
+
+
+def test_log(whole):
+    head, lines = log_head(whole), log(whole)
+    assert {"versions", "hardware", "commit", "settings"} <= head.keys()
+    assert head["settings"]["steps"] == 10
+    assert [line["step"] for line in lines] == list(range(11))
+    assert [line["step"] for line in lines if "held_out_loss" in line] == [0, 5, 10]
+    assert lines[10]["held_out_loss"] < lines[0]["held_out_loss"]  # it learns
+    figures = {"loss", "accuracy", "lr", "grad_norm"}
+    figures |= {"tokens_per_s", "share_of_peak", "memory_gib", "seconds_left"}
+    for line in lines[1:]:
+        assert figures <= line.keys()
+        assert 0 < line["share_of_peak"] < 1.5
+        assert line["memory_gib"] > 0.01
+
+
+def test_kept_models(recipe, tmp_path):
+    """--keep: a model for each checkpoint; the last one is the run's own, the first another."""
+    run = tmp_path / "run"
+    flags = ("--save-every", "5", "--keep", "--dtype", "float32", "--export-dtype", "float32")
+    assert command(recipe, *flags, "--out", run)[0] == 0
+    names = ("kept_000005", "kept_000010", ".")
+    models = [NVEmbed.from_pretrained(run / name) for name in names]
+    early, late, final = [model.encode(["the sun", "rises"]) for model in models]
+    assert abs(late - final).max() <= 1e-6
+    assert abs(early - final).max() > 1e-3
+
+
+def test_finished_run_loads(whole, base):
+    texts = ["a river", "the doctor's letter", "music of the winter"]
+    model = train.build(whole, settings(), "cpu")[0].eval()
+    adapted = model.encode(texts, "Find it")
+    plain = NVEmbed.from_pretrained(base).encode(texts, "Find it")
+    loaded = NVEmbed.from_pretrained(whole).encode(texts, "Find it")
+    assert (loaded * adapted).sum(axis=1).min() >= 0.9999 > (plain * adapted).sum(axis=1).max()
+    theirs = transformers.AutoModel.from_pretrained(
+        base, attn_implementation="eager", dtype=torch.float32
+    )
+    ids = [t.ids for t in model.tokenize(texts)]
+    untrained = references.hf_states(theirs, ids, causal=False)
+    oracle = peft.PeftModel.from_pretrained(theirs, whole / "adapter").eval()
+    states = references.hf_states(oracle, ids, causal=False)
+    for text, found, before in zip(ids, states, untrained, strict=True):
+        with torch.no_grad():
+            ours = model.embedding_model(torch.tensor(text), (len(text),), torch.float32)
+        assert (found[: len(text)] - ours).abs().max() <= 1e-4
+        assert (before[: len(text)] - ours).abs().max() > 1e-4  # control
+
+
+def lowest_cosine(out):
+    return float(out.split("lowest ")[1].split()[0])
+
+
+def test_export_prints_the_cosine(recipe, unexported, tmp_path):
+    code, out, err = command(recipe, "--out", unexported)
+    assert code == 0, err
+    assert lowest_cosine(out) >= 0.9999
+    half = tmp_path / "half"
+    code, out, _ = command(recipe, "--out", half, "--steps", 1, "--export-dtype", "bfloat16")
+    assert code == 0
+    assert 0.999 <= lowest_cosine(out) < 1  # control: rounding shows
+    dtypes = {t.dtype for t in load_file(half / "model.safetensors").values()}
+    assert dtypes == {torch.bfloat16}
+
+
+# ---- stages
+
+
+def test_another_rank_goes_on_from_the_merged_model(whole, base):
+    """The same rank: own adapters on the base. None or another one: the run's merged weights."""
+    texts, same = ["river stone", "a letter from the island"], settings().lora_rank
+    expected = NVEmbed.from_pretrained(whole, dtype=torch.float32).encode(texts)
+    for lora_rank, start in ((same, base), (0, whole), (same + 1, whole)):
+        model, found = train.build(whole, settings(lora_rank=lora_rank), "cpu")
+        assert found == str(start)
+        np.testing.assert_allclose(model.eval().encode(texts), expected, atol=1e-6)
+        weight = "embedding_model.layers.0.self_attn.q_proj.weight"
+        assert (weight in train.trained(model)) == (lora_rank == 0)
+    plain = NVEmbed.from_pretrained(base, dtype=torch.float32).encode(texts)
+    assert np.abs(plain - expected).max() > 1e-3
+
+
+def start_of(init):
+    """What is trained, before its first step -> ({name: tensor}, name of the base)."""
+    model, name = train.build(init, settings(), "cpu")
+    return {n: p.detach() for n, p in train.trained(model).items()}, name
+
+
+def test_stage_two_goes_on_with_stage_one(recipe, whole, base, tmp_path, monkeypatch):
+    stored = load_file(checkpoint(whole) / FILES[0])
+    ours, name = start_of(whole)
+    assert name == str(base)
+    assert ours.keys() == stored.keys()
+    assert all(torch.equal(ours[n], stored[n]) for n in ours)
+    fresh, _ = start_of(base)
+    assert not any(torch.equal(ours[n], fresh[n]) for n in ours)  # control
+    two = tmp_path / "two"
+    stage = ("--stage", 2, "--init", whole)
+    code, _, err = command(recipe, *stage, "--out", two, "--steps", 2, "--in-batch")
+    assert code == 0, err
+    before_its_first_step = log(two)[0]["held_out_loss"]
+    assert before_its_first_step == log(whole)[-1]["held_out_loss"]
+    optimizer = load_file(checkpoint(two) / FILES[1])
+    steps = {float(t) for n, t in optimizer.items() if n.endswith(".step")}
+    assert steps == {2.0}  # begun anew
+    assert json.loads((checkpoint(two) / FILES[2]).read_text())["base"] == str(base)
+    line = told(command(recipe, *stage, "--out", tmp_path / "odd", "--pooling", "mean"))
+    assert "latent_attention_model" in line
+    assert "missing or of another shape" in line
+
+
+BEFORE = (
+    (2, "runs/stage1: no finished run; run --stage 1 first"),
+    (3, "runs/pruned: no finished run; run experiments/compress.py first"),
+)
+
+
+@pytest.mark.parametrize(("stage", "message"), BEFORE)
+def test_a_stage_needs_the_one_before(recipe, tmp_path, monkeypatch, stage, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in told(command(recipe, "--stage", stage))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_stages_by_their_default_folders(recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for stage in (1, 2):
+        code, _, err = command(recipe, "--stage", stage, "--steps", 1)
+        assert code == 0, err
+        assert (tmp_path / "runs" / f"stage{stage}" / "config.json").exists()
+    heads = [log_head(Path("runs", f"stage{n}"))["settings"] for n in (1, 2)]
+    assert [head["in_batch"] for head in heads] == [True, False]
+
+
+# ---- own rows
+
+
+def test_own_rows_from_a_released_model(recipe, released, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [row | {"prompt": "Mine"} for row in some_rows(20, 1)]
+    write_rows(tmp_path / "my.jsonl.gz", rows)
+    flags = ("--data", "my.jsonl.gz", "--init", released, "--steps", 2)
+    code, _, err = command(recipe, *flags)
+    assert code == 0, err
+    run = tmp_path / "runs" / "my"
+    assert NVEmbed.from_pretrained(run).encode(["a river"]).shape == (1, 64)
+    start = references.read_released(released)["latent_attention_model.latents"]
+    stored = load_file(checkpoint(run) / FILES[0])["latent_attention_model.latents"]
+    moved = (stored - start).norm()
+    assert 0 < moved < 0.2 * start.norm()  # the released pooling layer, two steps on
+
+
+def test_mined_rows_are_used(recipe, tmp_path):
+    mined = tmp_path / "mined"
+    mined.mkdir()
+    write_rows(mined / "rows.jsonl", some_rows(40, 3))
+    flags = ("--steps", 1, "--mined")
+    code, out, err = command(recipe, "--out", tmp_path / "run", *flags, mined)
+    assert code == 0, err
+    assert f"rows of {mined / 'rows.jsonl'}" in out
+    assert "no/such" in told(command(recipe, "--out", tmp_path / "odd", *flags, "no/such"))
+
+
+# ---- bad input
+
+
+def test_nan_stops_with_rows_and_checkpoint(recipe, tmp_path, monkeypatch):
+    true_step, true_loss = train.train_step, train.batch_loss
+    steps = []
+
+    def counted(*args):
+        steps.append(1)
+        return true_step(*args)
+
+    def broken(*args):
+        loss, accuracy = true_loss(*args)
+        return loss * (math.nan if len(steps) == 4 else 1), accuracy
+
+    monkeypatch.setattr(train, "train_step", counted)
+    monkeypatch.setattr(train, "batch_loss", broken)
+    run = tmp_path / "run"
+    line = told(command(recipe, "--out", run))
+    rows = ", ".join(f"rows[{i}]" for _, _, i in sampling.schedule([36], settings(), 3))
+    assert "step 4 " in line
+    assert "not finite" in line
+    assert rows in line
+    assert line.endswith(f"last checkpoint: {run / 'step_000002'}")
+    for name in FILES[:2]:
+        assert all(tensor.isfinite().all() for tensor in load_file(checkpoint(run) / name).values())
+    monkeypatch.undo()
+    assert command(recipe, "--out", run)[0] == 0
+
+
+BAD_FLAGS = [
+    (["--micro-tokens", 5], "expected at least"),
+    (["--pooling", "max"], "field 'pooling'"),
+    (["--batching", "odd"], "batching: expected blended or task"),
+    (["--batching", "task", "--batch", 37], "batch: expected at most 36"),
+    (["--batch", 37], "batch: expected at most 36"),
+    (["--batch", 0], "batch: expected"),
+    (["--lora-rank", -1], "lora_rank: expected"),
+    (["--keep-zeros"], "keep_zeros: expected lora_rank 0, got 4"),
+    (["--tensorboard", "board"], "expected the package tensorboard"),
+    (["--dtype", "int7"], "dtype: expected one of"),
+    (["--export-dtype", "int7"], "dtype: expected one of"),
+    (["--init", "no/such"], "model 'no/such'"),
+    (["--distill", 1.0, "--teacher", "no/such"], "model 'no/such'"),
+    (["--data", "no.jsonl"], "no.jsonl"),
+    (["--recipe", "no.json"], "no.json"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), BAD_FLAGS)
+def test_bad_flags(recipe, tmp_path, flags, message):
+    assert message in told(command(recipe, "--out", tmp_path / "run", *flags))
+    assert not (tmp_path / "run" / "latest").exists()
+
+
+BAD_ARGUMENTS = (
+    (["--nonsense", 1], "unrecognized arguments: --nonsense"),
+    (["--steps", "many"], "--steps: invalid int value: 'many'"),
+    (["--stage", 4], "--stage: invalid choice: 4"),
+)
+
+
+@pytest.mark.parametrize(("flags", "message"), BAD_ARGUMENTS)
+def test_bad_arguments(recipe, tmp_path, flags, message):
+    code, _, err = command(recipe, "--out", tmp_path / "run", *flags)
+    assert code == 2
+    assert message in err.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_budget_below_a_text_is_found_before_training(recipe, tmp_path):
+    file = str(recipe.parent / "rows.jsonl")
+    entry = {"name": "rows", "file": file, "instruction": "", "stages": [1]}
+    (data,) = sampling.read_datasets([entry], 1, settings())
+    (_, _, i), *_ = sampling.schedule([36], settings(), 8)  # of the last step of an epoch
+    rows = some_rows(40)
+    late = next(row for row in rows if row["query"] == data.rows[i]["query"])
+    late["neg"] = [" ".join(WORDS * 5)] * 2
+    own = tmp_path / "rows.jsonl"
+    write_rows(own, rows)
+    flags = ("--data", own, "--out", tmp_path / "run", "--micro-tokens", 40)
+    assert "expected at least" in told(command(recipe, *flags))
+    assert not (tmp_path / "run" / "latest").exists()
+
+
+BAD_SETTINGS = [
+    ("stepz", 3, "stages.1: unknown setting 'stepz'"),
+    ("steps", "3", "stages.1.steps: expected int, got '3'"),
+    ("steps", 3.5, "stages.1.steps: expected int, got 3.5"),
+    ("in_batch", 1, "stages.1.in_batch: expected bool, got 1"),
+    ("steps", True, "stages.1.steps: expected int, got True"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "message"), BAD_SETTINGS)
+def test_bad_stage_setting(recipe, tmp_path, name, value, message):
+    found = json.loads(recipe.read_text())
+    found["stages"]["1"][name] = value
+    path = tmp_path / "odd.json"
+    path.write_text(json.dumps(found))
+    line = told(command(path, "--out", tmp_path / "run"))
+    assert message in line
+    assert str(path) in line

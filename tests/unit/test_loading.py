@@ -1,0 +1,163 @@
+"""Folders that must not load: each error is one line that names the file and what is wrong."""
+
+import json
+import shutil
+
+import pytest
+import references as ref
+import safetensors.torch
+import torch
+from compare import LATENT, error_of
+
+from nvembed import NVEmbed
+
+
+@pytest.fixture
+def folder(released, tmp_path):
+    """A copy of the released folder to break."""
+    return shutil.copytree(released, tmp_path / "v2")
+
+
+def edit_shard(folder, change, number=1):
+    path = folder / f"model-{number:05}-of-00003.safetensors"
+    state = safetensors.torch.load_file(path)
+    change(state)
+    safetensors.torch.save_file(state, path)
+
+
+def edit_config(folder, part, **changes):
+    path = folder / "config.json"
+    raw = json.loads(path.read_text())
+    fields = raw[part] if part else raw
+    fields.update(changes)
+    path.write_text(json.dumps(raw))
+
+
+# ---- weights
+
+
+def test_damaged_weights(folder):
+    assert NVEmbed.from_pretrained(folder)  # control: whole, it loads
+    shard = folder / "model-00002-of-00003.safetensors"
+    whole = shard.read_bytes()
+    for damaged in (whole[: len(whole) // 2], whole[:-1], whole[:5], b"", b"\xff" * 100):
+        shard.write_bytes(damaged)
+        assert shard.name in error_of(NVEmbed.from_pretrained, folder)
+    shard.unlink()
+    assert shard.name in error_of(NVEmbed.from_pretrained, folder)
+
+
+def test_a_tensor_of_another_shape(folder):
+    norm = "embedding_model.norm.weight"
+    edit_shard(folder, lambda state: state.update({norm: torch.ones(32)}), 2)
+    message = error_of(NVEmbed.from_pretrained, folder)
+    for part in (str(folder), norm, "32", "64"):
+        assert part in message
+
+
+def test_a_missing_tensor(folder):
+    norm = "embedding_model.norm.weight"
+    edit_shard(folder, lambda state: state.pop(norm), 2)
+    message = error_of(NVEmbed.from_pretrained, folder)
+    for part in (str(folder), norm, "missing"):
+        assert part in message
+
+
+def test_a_tensor_too_many(folder):
+    name = "embedding_model.layers.3.norm.weight"
+    edit_shard(folder, lambda state: state.update({name: torch.ones(4)}))
+    assert name in error_of(NVEmbed.from_pretrained, folder)
+
+
+def without_latents(state):
+    for name in list(state):
+        if name.startswith(LATENT):
+            del state[name]
+
+
+def test_half_a_pooling_layer_is_not_fresh(folder):
+    edit_shard(folder, without_latents)
+    assert LATENT in error_of(NVEmbed.from_pretrained, folder)
+
+
+@pytest.mark.parametrize("index", ["{", "[]", "{}", '{"weight_map": 3}'])
+def test_bad_index(index, folder):
+    (folder / "model.safetensors.index.json").write_text(index)
+    assert "model.safetensors.index.json" in error_of(NVEmbed.from_pretrained, folder)
+
+
+def test_no_weights_at_all(base, tmp_path):
+    shutil.copy(base / "config.json", tmp_path)
+    assert "tokenizer.json" in error_of(NVEmbed.from_pretrained, tmp_path)
+    shutil.copy(base / "tokenizer.json", tmp_path)
+    assert "model.safetensors" in error_of(NVEmbed.from_pretrained, tmp_path)
+
+
+def test_the_hub_cannot_be_reached():
+    assert "no/such-model" in error_of(NVEmbed.from_pretrained, "no/such-model")
+
+
+# ---- config.json
+
+BAD_TEXT_CONFIG = {
+    "vocab_size": None,
+    "hidden_size": "64",
+    "num_hidden_layers": 2.5,
+    "model_type": "gpt2",
+    "attention_bias": True,
+    "hidden_act": "gelu",
+    "rope_theta": "big",
+    "causal": "yes",
+    "pooling": "max",
+    "quantize": "int4",  # weights that version 1 rounded
+}
+
+
+@pytest.mark.parametrize("field", BAD_TEXT_CONFIG)
+def test_bad_config_field(field, folder):
+    edit_config(folder, "text_config", **{field: BAD_TEXT_CONFIG[field]})
+    message = error_of(NVEmbed.from_pretrained, folder)
+    assert "config.json" in message
+    assert field in message
+
+
+def test_fields_of_version_1_that_say_nothing(folder):
+    """Its folders name "pruned" and "quantize"; where nothing was quantised they still load."""
+    edit_config(folder, "text_config", quantize=None, pruned=True)
+    assert NVEmbed.from_pretrained(folder)
+
+
+CONTENTS = ["{", "[]", "", "3", '{"text_config": 3}', '{"latent_attention_config": 1}']
+
+
+@pytest.mark.parametrize("content", CONTENTS)
+def test_bad_config_file(content, folder):
+    (folder / "config.json").write_text(content)
+    assert "config.json" in error_of(NVEmbed.from_pretrained, folder)
+
+
+def test_bad_settings(released):
+    assert "pooling" in error_of(NVEmbed.from_pretrained, released, pooling="max")
+    assert "colour" in error_of(NVEmbed.from_pretrained, released, colour="red")
+
+
+# ---- tokenizer.json
+
+
+def test_tokenizer_of_another_vocabulary(folder, real_tokenizers):
+    shutil.copy(real_tokenizers["mistral"], folder / "tokenizer.json")
+    message = error_of(NVEmbed.from_pretrained, folder)
+    for part in ("tokenizer.json", "320", "32000"):
+        assert part in message
+
+
+def test_tokenizer_without_the_special_tokens(folder):
+    small = ref.tiny_tokenizer().to_str()
+    small = small.replace('"</s>"', '"<end>"').replace('"<s>"', '"<start>"')
+    raw = json.loads(small)
+    raw["added_tokens"] = raw["added_tokens"][:1]  # ids 1 and 2 are no special tokens here
+    raw["post_processor"] = None
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    assert "tokenizer.json" in error_of(NVEmbed.from_pretrained, folder)
+    (folder / "tokenizer.json").write_text("{}")
+    assert "tokenizer.json" in error_of(NVEmbed.from_pretrained, folder)

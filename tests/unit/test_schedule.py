@@ -1,0 +1,100 @@
+"""Which rows a step sees, what is held out, the learning rate, where the instruction goes."""
+
+import pytest
+from helpers import a_batch, settings, some_rows
+
+import train
+from data import sampling
+from data.files import InputError, write_rows
+from nvembed import NVEmbed
+
+
+@pytest.mark.parametrize("batch", (4, 5))  # 5 does not divide the 21 rows: batches cross epochs
+def test_blended_schedule_visits_each_row_once_an_epoch(batch):
+    s, sizes = settings(batch=batch), [7, 3, 11]
+    every = [(d, i) for d, size in enumerate(sizes) for i in range(size)]
+    seen = []
+    for step in range(21):  # `batch` epochs
+        seen.extend(sampling.schedule(sizes, s, step))
+    assert len(seen) == 21 * batch
+    orders = [[(d, i) for e, d, i in seen if e == epoch] for epoch in range(batch)]
+    assert all(sorted(order) == every for order in orders)
+    assert all(order != orders[0] for order in orders[1:])
+    assert orders[0] != every
+    assert [e for e, _, _ in seen] == sorted(e for e, _, _ in seen)
+    sampling.epoch_order.cache_clear()  # of the step alone, not of earlier calls
+    assert sampling.schedule(sizes, s, 5) == seen[5 * batch : 6 * batch]
+    other = settings(batch=batch, seed=1)
+    assert sampling.schedule(sizes, other, 5) != seen[5 * batch : 6 * batch]
+
+
+def test_task_batches_are_of_one_set():
+    sizes, s = [7, 3, 11], settings(batch=3, batching="task")
+    batches = [sampling.schedule(sizes, s, step) for step in range(24)]  # 2 + 1 + 3 an epoch
+    for batch in batches:
+        assert len({d for _, d, _ in batch}) == 1
+        assert len(set(batch)) == 3
+    for epoch in range(4):
+        sets = [batch[0][1] for batch in batches if batch[0][0] == epoch]
+        assert sorted(sets) == [0, 0, 1, 2, 2, 2]
+    every = {(d, i) for d in range(3) for i in range(sizes[d])}
+    assert {(d, i) for batch in batches for _, d, i in batch} == every
+    blended = [sampling.schedule(sizes, settings(batch=3), step) for step in range(24)]
+    assert any(len({d for _, d, _ in batch}) > 1 for batch in blended)  # control
+
+
+def test_held_out_rows_and_samples(tmp_path):
+    rows, s = some_rows(50), settings()
+    write_rows(tmp_path / "rows.jsonl", rows)
+    file = str(tmp_path / "rows.jsonl")
+    entry = {"name": "rows", "file": file, "instruction": "", "stages": [1]}
+    (all_of_it,) = sampling.read_datasets([entry], 1, s)
+    (capped,) = sampling.read_datasets([entry | {"samples": 7}], 1, s)
+    kept = [row["query"] for row in all_of_it.rows]
+    held = [row["query"] for row in all_of_it.held_out]
+    assert len(kept) == 46
+    assert len(held) == 4
+    assert sorted(kept + held) == sorted(row["query"] for row in rows)
+    assert len(capped.rows) == 7
+    assert capped.held_out == all_of_it.held_out
+    assert all(row in all_of_it.rows for row in capped.rows)
+    (again,) = sampling.read_datasets([entry], 1, settings(seed=0))
+    (other,) = sampling.read_datasets([entry], 1, settings(seed=1))
+    assert again == all_of_it
+    assert other.held_out != all_of_it.held_out
+    (small,) = sampling.read_datasets([entry], 1, settings(held_out=64))
+    assert len(small.held_out) == 5  # at most a tenth
+    with pytest.raises(InputError, match="expected a data set of stage 2"):
+        sampling.read_datasets([entry], 2, s)
+
+
+def test_learning_rate():
+    s = settings(steps=10, warmup=4, lr=2.0)
+    rates = [train.learning_rate(s, i) / 2 for i in range(10)]
+    assert rates == pytest.approx([1 / 4, 2 / 4, 3 / 4, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+    unwarmed = settings(steps=2, warmup=0)
+    rates = [train.learning_rate(unwarmed, i) for i in (0, 1)]
+    assert rates == pytest.approx([1e-2, 5e-3])
+    long_warmup = settings(steps=2, warmup=500)
+    assert train.learning_rate(long_warmup, 1) == pytest.approx(1e-2 * 2 / 500)
+
+
+def test_instruction_goes_where_it_belongs(base):
+    model, s, rows = NVEmbed.from_pretrained(base), settings(), some_rows(2, 1)
+    rows[1]["prompt"] = "Other"  # of the row, instead of the data set's
+    tasks = ("Find it", "Other")
+
+    def documents(instructed):
+        tokens = []
+        for row, task in zip(rows, tasks, strict=True):
+            for text in row["pos"] + row["neg"]:
+                tokens += model.tokenize([text], task if instructed else "", s.max_length)
+        return tokens
+
+    queries = []
+    for row, task in zip(rows, tasks, strict=True):
+        queries += model.tokenize([row["query"]], task)
+    assert documents(True) != documents(False)
+    assert queries[0].ids[: queries[0].not_pooled] != queries[1].ids
+    assert a_batch(model, rows, s).tokens == queries + documents(False)
+    assert a_batch(model, rows, s, symmetric=True).tokens == queries + documents(True)
