@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from data import base, files, folders, recipes
 from data.files import InputError
-from nvembed import NVEmbed, fast_dtype, read_tensors
+from nvembed import NVEmbed, fast_dtype
 
 # The rules (see `allowed`) and their default bounds. sampled and top1 filter as percpos does and
 # then choose at random (see `choose`).
@@ -88,7 +88,7 @@ def encode_to_disk(texts, tasks, teacher):
             write_shard(paths[i], texts[parts[i]], tasks[parts[i]], teacher)
     while not all(path.exists() for path in paths):
         time.sleep(0.1)  # other ranks write them; if one dies, torchrun stops the others
-    return [read_tensors(path)["vectors"] for path in paths]
+    return [folders.read_tensors(path)["vectors"] for path in paths]
 
 
 def shard_path(texts, tasks, teacher):

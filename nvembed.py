@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from data.files import ROOT, InputError, check_types, one_line, read_json, run_command, write_json
 from data.folders import adapter_config, adapter_settings, check_shape, check_weights, config_fields
-from data.folders import is_adapter, local_folder, read_adapter, read_tensors, read_tokenizer
+from data.folders import is_adapter, local_folder, read_adapter, read_tokenizer
 from data.folders import read_weights, released_files
 from data.quantize import check_plain, quantize_weights
 
