@@ -677,14 +677,14 @@ class NVEmbed(nn.Module):
             return None
         layer = self.latent_attention_model
         weights = [layer.latents, *layer.cross_attend_blocks[0].parameters()]
-        versions = [(id(weight), weight._version) for weight in weights]
-        made_from = (self.dtype, self.device, versions)
+        state = (self.dtype, self.device, [weight._version for weight in weights])
         frozen = not any(weight.requires_grad for weight in weights)
-        kept_from, _, folded = self.kept_fold
-        if not frozen or made_from != kept_from:
+        kept_state, kept, folded = self.kept_fold
+        same = state == kept_state and all(map(torch.Tensor.is_set_to, weights, kept))
+        if not frozen or not same:
             folded = [matrix.to(self.dtype) for matrix in layer.fold(torch.float32)]
-        if frozen:  # kept with the weights, so that their ids stay theirs
-            self.kept_fold = (made_from, weights, folded)
+        if frozen:
+            self.kept_fold = (state, [weight.detach() for weight in weights], folded)
         return folded
 
     def compile_blocks(self):

@@ -285,8 +285,13 @@ def test_readme_commands_run(project):
         assert all(loss > 0 for loss in losses(project, run))
     with gzip.open(project / "runs/mined/wikipedia_question.jsonl.gz", "rt") as file:
         mined = [json.loads(line) for line in file]
-    assert len(mined) == 60
-    assert sum(len(row["neg"]) for row in mined) > 60
+    counts = json.loads((project / "runs/mined/wikipedia_question.jsonl.gz.json").read_text())
+    counts = counts["counts"]
+    kept = sum(len(row["neg"]) for row in mined)
+    assert len(mined) == counts["rows"] == 60
+    assert kept == counts["kept"] > 0  # few: the teacher has learnt for two steps
+    dropped = counts["positive"] + counts["rule"] + counts["surplus"]
+    assert counts["candidates"] == kept + dropped
 
     table = printed["python eval.py --task all"]
     scores = {}

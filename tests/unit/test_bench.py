@@ -1,6 +1,7 @@
 """The benchmark's commands at small shape: they run, compare like with like, print a table."""
 
 import argparse
+import functools
 import re
 import sys
 
@@ -76,6 +77,8 @@ def test_other_embeddings_are_not_compared():
 @pytest.mark.slow
 def test_gpu_command_at_small_shape(monkeypatch, capsys):
     monkeypatch.setitem(bench.SHAPES, "tiny", TINY)
+    # a CPU without bf16 would multiply the yardstick's large matrices for minutes
+    monkeypatch.setattr(bench.runs, "measure_peak", lambda *_: 1e12)
     bench.gpu(options(rounds=1))
     found = rows(capsys.readouterr().out)
     assert len(found) == 4
@@ -86,6 +89,8 @@ def test_gpu_command_at_small_shape(monkeypatch, capsys):
 @pytest.mark.slow
 def test_lora_command_at_small_shape(monkeypatch, capsys):
     monkeypatch.setitem(bench.SHAPES, "smollm2", TINY)
+    few_rows = functools.partial(bench.question_batch, count=8)
+    monkeypatch.setattr(bench, "question_batch", few_rows)
     bench.lora(options(rounds=1))
     found = rows(capsys.readouterr().out)
     names = [f"LoRA step, dropout {d}, {how}" for d in (0.1, 0.0) for how in ("eager", "compiled")]
