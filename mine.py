@@ -1,4 +1,4 @@
-"""Hard negatives for stage 2 (section 4.1 of the paper; NV-Retriever, arXiv 2407.15831).
+"""Hard negatives for stage 2 (section 4.1.1 of the paper; NV-Retriever, arXiv 2407.15831).
 
     python mine.py                 teacher runs/stage1, retrieval sets of stage 2 -> runs/mined
     python mine.py --model intfloat/e5-mistral-7b-instruct --data my.jsonl --corpus wiki.jsonl.gz

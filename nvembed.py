@@ -43,7 +43,7 @@ from data.folders import read_weights, released_files
 from data.quantize import check_plain, quantize_weights
 
 
-POOLINGS = ("latent", "mean", "eos", "self")  # compared in the paper, section 5.2.1
+POOLINGS = ("latent", "mean", "eos", "self")  # compared in the paper, section 5.2.3
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -775,7 +775,7 @@ def lora_layers(model):
 
 
 def add_lora(model, r=16, alpha=32, dropout=0.1, targets=PROJECTIONS):
-    """Adapts the projections named in `targets`. r and alpha: section 5.1; the rest is assumed."""
+    """Adapts the projections named in `targets`. r and alpha: the paper's; the rest is assumed."""
     if lora_layers(model):
         raise InputError("add_lora: there is an adapter already: save_pretrained merges it")
     for block in model.embedding_model.layers:

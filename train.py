@@ -65,7 +65,7 @@ class Settings:
     batch: int = 128  # B, over all ranks
     negatives: int = 7  # N; a row with fewer is padded by masked columns
     in_batch: bool = True  # other rows' documents are negatives too; recipes: False in stage 2
-    batching: str = "blended"  # rows of all sets mixed (section 4), or "task": one set a batch
+    batching: str = "blended"  # rows of all sets mixed (section 2.2), or "task": one set a batch
     lr: float = 2e-5
     warmup: int = 500  # steps
     weight_decay: float = 0.03
@@ -73,7 +73,7 @@ class Settings:
     temperature: float = 0.02
     max_length: int = 512  # tokens of a text
     micro_tokens: int = 16384  # tokens of a micro-batch, which bounds memory
-    lora_rank: int = 16  # r, section 5.1; 0: all weights are trained
+    lora_rank: int = 16  # r, the paper's; 0: all weights are trained
     lora_alpha: float = 32
     lora_dropout: float = 0.1
     pooling: str = "latent"
@@ -146,7 +146,7 @@ def make_batch(model, rows, s, positives):
 
 
 def info_nce(q_bD, d_BLD, batch, temperature, in_batch):
-    """InfoNCE (section 3.1) of this rank's queries against all documents -> loss, accuracy.
+    """InfoNCE (section 3.3) of this rank's queries against all documents -> loss, accuracy.
 
     q_bD (b, D) and d_BLD (B, L, D) are unit vectors; loss and accuracy are scalars. A row's target
     is its column 0. Its negatives are all other columns of the batch or, without `in_batch`, its

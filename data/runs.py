@@ -269,13 +269,21 @@ def describe_machine():
 
 def measure_peak(device, dtype):
     """FLOP/s of a large matrix product, the yardstick of share_of_peak."""
-    x = torch.ones(2048, 2048, device=device, dtype=dtype)
+    speed = product_speed(256, device, dtype)
+    if speed < 1e9:  # a CPU that emulates bf16: a large product would take minutes
+        return speed
+    return product_speed(2048, device, dtype)
+
+
+def product_speed(width, device, dtype):
+    """FLOP/s of the best of four products of square matrices."""
+    x = torch.ones(width, width, device=device, dtype=dtype)
     best = math.inf
     for _ in range(4):
         start = time.perf_counter()
         (x @ x)[0, 0].item()
         best = min(best, time.perf_counter() - start)
-    return 2 * 2048**3 / best
+    return 2 * width**3 / best
 
 
 def speed(model, tokens_per_s, flops_a_token, peak):

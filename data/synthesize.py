@@ -1,4 +1,4 @@
-"""Synthetic rows from a language model on an OpenAI-compatible server (section 4.2).
+"""Synthetic rows from a language model on an OpenAI-compatible server (section 4.3).
 
     python data/synthesize.py --endpoint http://localhost:8000 --model NAME
     torchrun train.py --data runs/synthetic.jsonl
