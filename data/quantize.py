@@ -27,6 +27,10 @@ def quantize_weights(model, form, names):
     else:
         packing = {"int4_packing_format": "tile_packed_to_4d"}
         config = ao.Int4WeightOnlyConfig(group_size=32, **packing, **plain)
+    for name, layer in model.named_modules():
+        if form == "int4" and name.endswith(names) and layer.in_features % 32 != 0:
+            width = f"{name} reads {layer.in_features} columns"
+            raise InputError(f"quantize: int4: expected a multiple of 32, {width}")
     ao.quantize_(model, config, filter_fn=lambda _, name: name.endswith(names))
     model.quantized = form
     return model

@@ -104,7 +104,7 @@ def weights(folder):
 # ---- zeros
 
 
-@pytest.mark.parametrize("sparsity", ("0.5", "2:4"))
+@pytest.mark.parametrize("sparsity", ("0.5", pytest.param("2:4", marks=pytest.mark.slow)))
 def test_zeros_survive_recovery(stage3, pruned, sparsity, tmp_path):
     code, _, err = stage3(tmp_path, "--weight-decay", 0.1, "--steps", 3, init=pruned[sparsity])
     assert code == 0, err
