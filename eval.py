@@ -27,7 +27,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data.base import resolve
-from data.files import ROOT, InputError, one_line, read_json, run_command
+from data.commands import InputError, one_line, run_command
+from data.files import ROOT, read_json
 from data.folders import is_sentence_transformer, local_folder
 from data.tasks import PERTURBED, find_tasks, instruction, score_task
 from nvembed import POOLINGS, NVEmbed, fast_dtype

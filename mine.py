@@ -35,8 +35,8 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from data import base, files, folders, recipes
-from data.files import InputError
+from data import base, commands, files, folders, recipes
+from data.commands import InputError
 from nvembed import NVEmbed, fast_dtype
 
 # The rules (see `allowed`) and their default bounds. sampled and top1 filter as percpos does and
@@ -268,7 +268,7 @@ def build_index(shards, text):
             index.add(shard.float().numpy())
         faiss.ParameterSpace().set_index_parameters(index, settings)
     except RuntimeError as error:  # all that faiss raises
-        raise InputError(f"--index {text}: {files.one_line(error)}") from error
+        raise InputError(f"--index {text}: {commands.one_line(error)}") from error
     return index
 
 
@@ -461,7 +461,7 @@ def digest(paths):
         try:
             content = np.memmap(path, mode="r")
         except (OSError, ValueError) as error:  # ValueError: an empty file
-            raise InputError(f"{path}: {files.one_line(error)}") from error
+            raise InputError(f"{path}: {commands.one_line(error)}") from error
         digits.append(hashlib.sha256(content).hexdigest()[:16])
     return " ".join(digits)
 
@@ -504,4 +504,4 @@ def main():
 
 
 if __name__ == "__main__":
-    files.run_command(main)
+    commands.run_command(main)

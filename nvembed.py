@@ -36,7 +36,8 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data.files import ROOT, InputError, check_types, one_line, read_json, run_command, write_json
+from data.commands import InputError, one_line, run_command
+from data.files import ROOT, check_types, read_json, write_json
 from data.folders import adapter_config, adapter_settings, check_shape, check_weights, config_fields
 from data.folders import is_adapter, local_folder, read_adapter, read_tokenizer
 from data.folders import read_weights, released_files

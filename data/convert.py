@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data.files import InputError, beside, read_json, renamed, write_json, write_rows
+from data.commands import InputError
+from data.files import beside, read_json, renamed, write_json, write_rows
 from data.leakage import drop_leaks, words
 from data.tables import get, ids_of, read_table, texts_of, texts_of_table
 

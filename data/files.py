@@ -5,53 +5,25 @@ A row is one JSON object a line of a .jsonl or .jsonl.gz file:
     {"query": str, "pos": [str, ...], "neg": [str, ...], "prompt": str}
 
 with optional "pos_scores" and "neg_scores", of which mining writes one for each text.
-
-Bad input raises InputError, one line that names the file, the line, the field and what was
-expected. A command shows that line and exits with status 2; any other exception is a mistake of
-ours and keeps its traceback.
 """
 
 import contextlib
+import fcntl
+import glob
 import gzip
-import importlib
 import json
 import os
-import sys
+import shutil
 import tempfile
 import zlib
 from dataclasses import fields
 from pathlib import Path
 
+from data.commands import InputError, one_line
+
 ROOT = Path(__file__).resolve().parent.parent
-
-
-class InputError(ValueError):
-    """Bad input, told in one line: which file or argument, which field, what was expected."""
-
-
-def run_command(main):
-    """Runs a command's main(). An InputError becomes one line on stderr and exit status 2."""
-    try:
-        main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-def one_line(error):
-    """What an exception of a library says, as a single line."""
-    lines = str(error).strip().splitlines()
-    return lines[-1].strip() if lines else repr(error)
-
-
-def optional_package(name, user):
-    """Imports an optional package -> the module. `user` is the flag or function that needs it."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        package = name.split(".")[0]
-        message = f"{user}: expected the package {package}: pip install {package}"
-        raise InputError(message) from error
+UMASK = os.umask(0)  # there is no other way to read it
+os.umask(UMASK)
 
 
 def cache():
@@ -64,10 +36,44 @@ def renamed(path):
     """Yields a temporary path that becomes `path` if the block succeeds; else nothing does."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+    prefix = f".{path.name}."
+    remove_abandoned(path.parent, prefix)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=prefix) as folder, locked(folder):
         temporary = Path(folder, path.name)
         yield temporary
+        if temporary.is_file():
+            share(temporary)
         os.replace(temporary, path)
+
+
+def remove_abandoned(parent, prefix):
+    """Removes the temporary folders of `renamed` whose process was killed."""
+    for folder in parent.glob(glob.escape(prefix) + "*"):
+        if folder.is_dir():
+            with contextlib.suppress(InputError, OSError), locked(folder):
+                shutil.rmtree(folder)
+
+
+def share(path):
+    """Gives a file the mode of any new one; safetensors writes files for their owner alone."""
+    os.chmod(path, 0o666 & ~UMASK)
+
+
+@contextlib.contextmanager
+def locked(path):
+    """Locks a file or folder; if another process has it locked, that is an InputError.
+
+    The lock ends with the process, however that ends.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"{path}: in use by another process") from error
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def beside(path, ending):

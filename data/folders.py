@@ -10,7 +10,8 @@ import safetensors.torch
 from huggingface_hub import snapshot_download
 from tokenizers import Tokenizer
 
-from data.files import InputError, one_line, read_json
+from data.commands import InputError, one_line
+from data.files import read_json
 
 FAMILIES = ("mistral", "llama", "qwen2", "bidir_mistral")
 LATENT_FIELDS = {  # our name -> the name in NV-Embed's latent_attention_config

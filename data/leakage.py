@@ -7,7 +7,8 @@ import re
 
 import numpy as np
 
-from data.files import InputError, as_list, beside, json_lines, write_rows
+from data.commands import InputError
+from data.files import as_list, beside, json_lines, write_rows
 
 
 def words(text):

@@ -17,7 +17,7 @@ if not __package__:  # python data/prepare.py: imports start at the project, not
 
 from data import convert, sets
 from data.base import base, minilm
-from data.files import InputError, run_command
+from data.commands import InputError, run_command
 from data.leakage import OVERLAPS, check_files
 from data.recipes import LABELS, read_recipe
 

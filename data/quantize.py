@@ -2,7 +2,7 @@
 
 import torch
 
-from data.files import InputError, optional_package
+from data.commands import InputError, optional_package
 
 
 def quantize_weights(model, form, names):

@@ -10,7 +10,8 @@ into the cache.
 
 from pathlib import Path
 
-from data.files import InputError, cache, check_fields, read_json
+from data.commands import InputError
+from data.files import cache, check_fields, read_json
 from data.leakage import OVERLAPS
 
 KINDS = ("retrieval", "classification", "clustering", "sts", "synthetic")

@@ -24,7 +24,8 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from data.files import ROOT, InputError, optional_package
+from data.commands import InputError, optional_package
+from data.files import ROOT
 from data.folders import read_tensors
 
 # ---- ranks

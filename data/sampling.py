@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.files import InputError, read_rows
+from data.commands import InputError
+from data.files import read_rows
 
 
 @dataclass

@@ -33,7 +33,8 @@ from tqdm import tqdm
 if not __package__:  # python data/synthesize.py: imports start at the project, not at data/
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from data.files import InputError, is_text, one_line, read_json, run_command, write_rows
+from data.commands import InputError, one_line, run_command
+from data.files import is_text, read_json, write_rows
 
 PROMPTS = read_json(Path(__file__).with_suffix(".json"))
 PLACEHOLDERS = set(re.findall("<[^<>]+>", json.dumps(PROMPTS)))  # what an answer has to replace

@@ -10,7 +10,8 @@ import math
 import zlib
 from pathlib import Path
 
-from data.files import InputError, as_list, one_line
+from data.commands import InputError, one_line
+from data.files import as_list
 
 FILE_FORMATS = {  # ending of a file's name: its name in load_dataset
     ".json": "json",

@@ -27,7 +27,8 @@ from mteb.abstasks import AbsTaskClassification, AbsTaskClustering, AbsTaskRetri
 from mteb.abstasks.task_metadata import TaskMetadata, TaskType
 from scipy.stats import entropy, spearmanr
 
-from data.files import ROOT, InputError, json_lines, one_line, read_json
+from data.commands import InputError, one_line
+from data.files import ROOT, json_lines, read_json
 
 FOLDER = ROOT / "data/eval"
 INSTRUCTIONS = read_json(ROOT / "data/instructions.json")  # the paper's

@@ -33,7 +33,8 @@ ROOT = Path(__file__).resolve().parent.parent
 if not __package__:  # python experiments/ablate.py
     sys.path.append(str(ROOT))
 
-from data.files import InputError, read_json, run_command, write_json
+from data.commands import InputError, run_command
+from data.files import read_json, write_json
 from data.recipes import read_recipe
 from data.tasks import find_tasks
 from eval import PUBLISHED, evaluate, flags, load, markdown, number, run_on_ranks, split_spec

@@ -37,7 +37,7 @@ sys.path.insert(0, str(ROOT))  # the script runs from any folder
 import nvembed
 import train
 from data.base import resolve
-from data.files import InputError, run_command
+from data.commands import InputError, run_command
 from data.recipes import read_recipe
 from data.sampling import draw_rows, known_positives, read_datasets, schedule
 

@@ -16,7 +16,8 @@ import torch
 if not __package__:  # python experiments/plot.py
     sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from data.files import InputError, json_lines, optional_package, run_command
+from data.commands import InputError, optional_package, run_command
+from data.files import json_lines
 from eval import Encoder, flags
 from experiments.ablate import compare, runs_by_seed
 

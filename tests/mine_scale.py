@@ -31,7 +31,8 @@ import mine
 import numpy as np
 import torch
 
-from data.files import read_rows, run_command, write_rows
+from data.commands import run_command
+from data.files import read_rows, write_rows
 
 FALSE = 3  # false negatives of a query
 HARD = 6  # hard negatives of a query

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 import nvembed
 import train
-from data.files import run_command, write_rows
+from data.commands import run_command
+from data.files import write_rows
 from data.runs import RunLog, checkpoint
 from data.sampling import Dataset, known_positives
 

@@ -15,7 +15,7 @@ from conftest import ROOT
 import data.tasks
 import eval as evaluation
 import nvembed
-from data.files import InputError, run_command
+from data.commands import InputError, run_command
 
 
 def table(monkeypatch, capsys, *args):

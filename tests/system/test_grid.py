@@ -9,7 +9,8 @@ import torch
 from helpers import SMALL, some_rows
 from safetensors.torch import load_file
 
-from data.files import run_command, write_rows
+from data.commands import run_command
+from data.files import write_rows
 from experiments import ablate
 
 FEW = SMALL | {"steps": 2, "held_out": 0, "pooling": "mean"}

@@ -11,7 +11,8 @@ import train
 from sources import small_recipe
 
 from data import prepare
-from data.files import ROOT, InputError, json_lines, read_rows, write_rows
+from data.commands import InputError
+from data.files import ROOT, json_lines, read_rows, write_rows
 from data.recipes import read_recipe
 
 

@@ -22,7 +22,8 @@ import train
 from stub_server import FAULTS, GARBAGE, REFUSALS, TIMEOUT, Server, misbehaves
 
 from data import synthesize
-from data.files import ROOT, InputError, read_rows, run_command
+from data.commands import InputError, run_command
+from data.files import ROOT, read_rows
 
 KINDS = {
     "short-long": ("user_query", "positive_document", "hard_negative_document"),

@@ -12,7 +12,7 @@ import pytest
 import data.tasks
 import eval as evaluation
 import nvembed
-from data.files import run_command
+from data.commands import run_command
 
 TOPICS = {
     "animal": "cat dog horse fish bird",

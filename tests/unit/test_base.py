@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from data import base
-from data.files import InputError
+from data.commands import InputError
 from nvembed import NVEmbed
 
 ENGLISH = (

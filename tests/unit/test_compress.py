@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 import nvembed
 from data.base import resolve
-from data.files import InputError, read_rows, run_command
+from data.commands import InputError, run_command
+from data.files import read_rows
 from experiments import compress
 from nvembed import NVEmbed
 

@@ -23,7 +23,8 @@ from sources import (
 )
 
 from data import convert
-from data.files import InputError, json_lines, read_rows
+from data.commands import InputError
+from data.files import json_lines, read_rows
 
 
 def number_in(text):

@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from data import files
-from data.files import InputError
+from data import commands, files
+from data.commands import InputError
 
 ROW = {"query": "q", "pos": ["p"], "neg": ["n"]}
 TEXTS = "expected a list of non-empty strings"
@@ -139,11 +139,11 @@ def test_only_bad_input_is_one_line(capsys):
         raise NameError("name 'x' is not defined")
 
     with pytest.raises(SystemExit) as exit_of:
-        files.run_command(bad_input)
+        commands.run_command(bad_input)
     assert exit_of.value.code == 2
     assert capsys.readouterr().err == "error: file: field 'a': expected int\n"
     with pytest.raises(NameError):
-        files.run_command(mistake)
+        commands.run_command(mistake)
 
 
 def test_optional_package():

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from data import leakage
-from data.files import ROOT, InputError, json_lines, read_rows
+from data.commands import InputError
+from data.files import ROOT, json_lines, read_rows
 from data.recipes import read_recipe
 
 OWN = "The quick brown fox jumps over the lazy dog near the old river bank at dawn."

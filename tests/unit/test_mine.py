@@ -10,7 +10,8 @@ import mine
 import numpy as np
 import pytest
 
-from data.files import InputError, read_rows, write_rows
+from data.commands import InputError
+from data.files import read_rows, write_rows
 
 SCORES = np.array(
     [[0.90, 0.80, 0.76, 0.75, 0.70, 0.10], [-0.05, -0.099, -0.1, -0.104, -0.106, -0.3]]

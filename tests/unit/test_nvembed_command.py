@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 import nvembed
-from data.files import run_command
+from data.commands import run_command
 
 
 def run(monkeypatch, *args):

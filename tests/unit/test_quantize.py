@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 import nvembed
-from data.files import InputError
+from data.commands import InputError
 from nvembed import NVEmbed
 
 TEXTS = [

@@ -5,7 +5,8 @@ import re
 
 import pytest
 
-from data.files import ROOT, InputError, read_json, read_rows
+from data.commands import InputError
+from data.files import ROOT, read_json, read_rows
 from data.recipes import read_recipe
 
 LOCAL = read_recipe(ROOT / "data/local.json")

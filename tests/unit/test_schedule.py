@@ -5,7 +5,8 @@ from helpers import a_batch, settings, some_rows
 
 import train
 from data import sampling
-from data.files import InputError, write_rows
+from data.commands import InputError
+from data.files import write_rows
 from nvembed import NVEmbed
 
 

@@ -7,7 +7,7 @@ from argparse import Namespace
 import pytest
 
 from data import synthesize
-from data.files import InputError
+from data.commands import InputError
 
 KEYS = ("user_query", "positive_document", "hard_negative_document")
 ROW = {

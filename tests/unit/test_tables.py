@@ -8,7 +8,7 @@ from huggingface_hub.errors import HTTPError
 from sources import write_table
 
 from data import tables
-from data.files import InputError
+from data.commands import InputError
 
 ROWS = [{"query": "a", "answer": "b"}, {"query": "c", "answer": "d"}]
 LINE = b'{"query": "a", "answer": "b"}\n'

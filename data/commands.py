@@ -1,0 +1,150 @@
+"""How every command begins and ends: flags and their ranges, errors in one line, signals.
+
+Bad input raises InputError, one line that names the file, the line, the field and what was
+expected. A command shows that line and exits with status 2; any other exception is a mistake of
+ours and keeps its traceback.
+"""
+
+import argparse
+import importlib
+import math
+import os
+import signal
+import subprocess
+import sys
+
+from safetensors import SafetensorError
+
+
+class InputError(ValueError):
+    """Bad input, told in one line: which file or argument, which field, what was expected."""
+
+
+def one_line(error):
+    """What an exception of a library says, as a single line."""
+    lines = str(error).strip().splitlines()
+    return lines[-1].strip() if lines else repr(error)
+
+
+def optional_package(name, user):
+    """Imports an optional package -> the module. `user` is the flag or function that needs it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.split(".")[0]
+        message = f"{user}: expected the package {package}: pip install {package}"
+        raise InputError(message) from error
+
+
+# ---- ranges
+
+RANGES = {  # name: its interval, a round bracket leaving out its end
+    # training: train.Settings
+    "steps": "[1, inf)",
+    "batch": "[1, inf)",
+    "negatives": "[0, inf)",
+    "lr": "[0, inf)",
+    "warmup": "[0, inf)",
+    "weight_decay": "[0, inf)",
+    "clip": "(0, inf]",
+    "temperature": "(0, inf)",
+    "max_length": "[1, inf)",
+    "micro_tokens": "[1, inf)",
+    "lora_rank": "[0, inf)",
+    "lora_alpha": "(0, inf)",
+    "lora_dropout": "[0, 1)",
+    "shard_ranks": "[0, inf)",
+    "distill": "[0, inf)",
+    "held_out": "[0, inf)",
+    "eval_every": "[1, inf)",
+    "save_every": "[1, inf)",
+    "seed": "[0, inf)",
+    # recipes
+    "samples": "[1, inf)",
+    "rows": "[1, inf)",
+    # mining
+    "top_k": "[1, inf)",
+    "bound": "(-inf, inf)",
+    "memory": "(0, inf)",
+    # evaluation, data, experiments
+    "limit": "[1, inf)",
+    "threshold": "[0, 1]",
+    "tasks": "[1, inf)",
+    "concurrency": "[1, inf)",
+    "timeout": "(0, inf)",
+    "retries": "[0, inf)",
+    "max_tokens": "[1, inf)",
+    "jobs": "[1, inf)",
+}
+
+
+def check_ranges(values, where=""):
+    """Checks the numbers of {name: value} against RANGES; `where` stands before a name."""
+    for name, value in values.items():
+        if name not in RANGES or isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        interval = RANGES[name]
+        if not inside(value, interval):
+            shown = name.replace("_", "-") if where == "--" else name
+            raise InputError(f"{where}{shown}: expected a number in {interval}, got {value}")
+
+
+def inside(value, interval):
+    """Whether a number is in an interval, say "[0, 1)"; NaN is in none."""
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    above = value >= low if interval[0] == "[" else value > low
+    below = value <= high if interval[-1] == "]" else value < high
+    return above and below and not math.isnan(value)
+
+
+# ---- commands
+
+
+class Flags(argparse.ArgumentParser):
+    """The flags of a command. Those that are wrong or out of range are an InputError."""
+
+    def __init__(self, description):
+        raw = argparse.RawTextHelpFormatter
+        super().__init__(description=description, formatter_class=raw)
+
+    def error(self, message):
+        raise InputError(message)
+
+    def parse_args(self, *args, **kwargs):
+        found = super().parse_args(*args, **kwargs)
+        check_ranges(vars(found), "--")
+        return found
+
+
+def run_command(main):
+    """Runs a command's main().
+
+    Bad input, a full disk and the like become one line on stderr and exit status 2; Ctrl-C and
+    SIGTERM become one line and 130. Temporary files are removed in each case.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        main()
+    except KeyboardInterrupt:
+        end("stopped: the same command goes on", 130)
+    except InputError as error:
+        end(f"error: {error}", 2)
+    except (OSError, SafetensorError) as error:
+        end(f"error: {one_line(error)}", 2)
+
+
+def end(line, status):
+    """Ends this process with a line on stderr. Of several ranks that stop, one says it."""
+    rank = os.environ.get("RANK", "0")
+    if status == 2 or rank == "0":
+        print(line, file=sys.stderr, flush=True)
+    if rank == "0" and "TORCHELASTIC_RUN_ID" in os.environ:
+        say_after_torchrun(line)
+    sys.exit(status)
+
+
+def say_after_torchrun(line):
+    """Prints a line when torchrun has ended, below its long report of the ranks that failed."""
+    wait = f"while kill -0 {os.getppid()} 2>/dev/null; do sleep 0.1; done"
+    say = 'printf "%s\\n" "$0" >&2'
+    subprocess.Popen(["sh", "-c", f"{wait}; {say}", line], start_new_session=True)
