@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 from data import base, commands, files, folders, recipes
 from data.commands import InputError
+from data.rows import canonical, check_row, read_rows
 from nvembed import NVEmbed, fast_dtype
 
 # The rules (see `allowed`) and their default bounds. sampled and top1 filter as percpos does and
@@ -295,18 +296,13 @@ def build_corpus(rows, paths=()):
     return list(documents.values()), positives, known
 
 
-def canonical(text):
-    """Texts that differ only in case or white space are one document, or one query."""
-    return " ".join(text.split()).casefold()
-
-
 def read_corpora(paths):
     """Yields the lines of files as rows."""
     for path in paths:
         for where, line in files.json_lines(path):
             if "text" in line:
                 line = {"query": "-", "pos": [line["text"]]}
-            yield files.check_row(line, where)
+            yield check_row(line, where)
 
 
 # ---- the rules
@@ -425,7 +421,7 @@ def score_positives(queries, positives, shards, memory):
 
 def mine_file(entry, teachers, args):
     """Mines one data set into args.out, unless it is there with the same settings."""
-    rows = files.read_rows(entry["file"])
+    rows = read_rows(entry["file"])
     target = Path(args.out, Path(entry["file"]).name)
     report = Path(f"{target}.json")
     corpus = [path for path in (*args.corpus, entry.get("corpus")) if path]
@@ -439,7 +435,7 @@ def mine_file(entry, teachers, args):
     if target.exists() and report.exists() and files.read_json(report).get("plan") == plan:
         print(f"{target}: already mined with these settings")
         return
-    mined, counts = mine(rows, teachers, entry, args, corpus)
+    mined, counts = mine(list(rows), teachers, entry, args, corpus)
     if RANK == 0:
         command = "python mine.py " + " ".join(sys.argv[1:])
         files.write_rows(target, mined)

@@ -1,12 +1,9 @@
-"""Files and rows: how every part of the project reads, writes and reports bad input. No torch here.
+"""Files of JSON and of JSON lines, read or refused with their place; written whole or not at all.
 
-A row is one JSON object a line of a .jsonl or .jsonl.gz file:
-
-    {"query": str, "pos": [str, ...], "neg": [str, ...], "prompt": str}
-
-with optional "pos_scores" and "neg_scores", of which mining writes one for each text.
+No torch here. data/rows.py knows the rows of training.
 """
 
+import codecs
 import contextlib
 import fcntl
 import glob
@@ -15,6 +12,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 import zlib
 from dataclasses import fields
 from pathlib import Path
@@ -24,6 +22,7 @@ from data.commands import InputError, one_line
 ROOT = Path(__file__).resolve().parent.parent
 UMASK = os.umask(0)  # there is no other way to read it
 os.umask(UMASK)
+YOUNG = 60  # seconds
 
 
 def cache():
@@ -49,7 +48,8 @@ def renamed(path):
 def remove_abandoned(parent, prefix):
     """Removes the temporary folders of `renamed` whose process was killed."""
     for folder in parent.glob(glob.escape(prefix) + "*"):
-        if folder.is_dir():
+        young = time.time() - folder.lstat().st_mtime < YOUNG  # perhaps not locked yet
+        if folder.is_dir() and not young:
             with contextlib.suppress(InputError, OSError), locked(folder):
                 shutil.rmtree(folder)
 
@@ -133,40 +133,52 @@ def check_types(settings):
             raise InputError(f"field '{field.name}': expected {field.type}, got {value!r}")
 
 
-# ---- lines and rows
+# ---- JSON lines
 
 
-def open_text(path):
-    """A text file to read, unzipped if its name ends in .gz."""
-    if Path(path).suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8")
-    return open(path, encoding="utf-8")
+def open_lines(path):
+    """A .jsonl or .jsonl.gz file whose lines are read as bytes."""
+    return gzip.open(path) if Path(path).suffix == ".gz" else open(path, "rb")
 
 
-def json_lines(path, **fields):
-    """Yields ("FILE:LINE", object) for each line of a .jsonl or .jsonl.gz file.
-
-    `fields` gives the types that some of an object's fields must have: json_lines(path, text=str).
-    """
+@contextlib.contextmanager
+def reading(path):
+    """Turns what goes wrong with a file of lines, damaged ones too, into an InputError."""
     try:
-        with open_text(path) as file:
-            for number, line in enumerate(file, 1):
-                where = f"{path}:{number}"
-                row = parse_object(line, where)
-                for name, kind in fields.items():
-                    if not isinstance(row.get(name), kind):
-                        raise InputError(f"{where}: field '{name}': expected {kind.__name__}")
-                yield where, row
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        yield
+    except (OSError, EOFError, zlib.error) as error:
         message = f"{path}: expected a .jsonl or .jsonl.gz file: {one_line(error)}"
         raise InputError(message + how_to_make(Path(path))) from error
 
 
+def json_lines(path, **fields):
+    """Yields ("FILE:LINE", object) for each line of a .jsonl or .jsonl.gz file that is not blank.
+
+    `fields` gives the types that some of an object's fields must have: json_lines(path, text=str).
+    """
+    with reading(path), open_lines(path) as file:
+        for number, line in enumerate(file, 1):
+            line = bare(line)
+            if not line:
+                continue
+            where = f"{path}:{number}"
+            row = parse_object(line, where)
+            for name, kind in fields.items():
+                if not isinstance(row.get(name), kind):
+                    raise InputError(f"{where}: field '{name}': expected {kind.__name__}")
+            yield where, row
+
+
+def bare(line):
+    """A line (bytes) without its end, and without the mark that some editors begin a file with."""
+    return line.strip().removeprefix(codecs.BOM_UTF8)
+
+
 def parse_object(line, where):
-    """One JSON object from a line of text."""
+    """One JSON object from a line (bytes) of UTF-8."""
     try:
-        row = json.loads(line)
-    except ValueError as error:
+        row = json.loads(line.decode())
+    except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply
         raise InputError(f"{where}: expected a JSON object: {one_line(error)}") from error
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected a JSON object, got {type(row).__name__}")
@@ -180,47 +192,15 @@ def how_to_make(path):
     return f"; python data/prepare.py --recipe data/{path.parent.name}.json makes it"
 
 
-def read_rows(path):
-    """Checked rows of a .jsonl or .jsonl.gz file -> list of dict, each with a "neg"."""
-    rows = [check_row(row, where) for where, row in json_lines(path)]
-    if not rows:
-        raise InputError(f"{path}: expected at least one row")
-    return rows
-
-
-def is_text(value):
-    """A string of more than white space."""
-    return isinstance(value, str) and value.strip() != ""
-
-
-def check_row(row, where):
-    """Checks one row, gives it an empty "neg" if it has none -> the row."""
-    row.setdefault("neg", [])
-    if not is_text(row.get("query")):
-        raise InputError(f"{where}: field 'query': expected a non-empty string")
-    if not isinstance(row.get("prompt", ""), str):
-        raise InputError(f"{where}: field 'prompt': expected a string")
-    for field in ("pos", "neg"):
-        texts = row.get(field)
-        if not isinstance(texts, list) or not all(is_text(text) for text in texts):
-            raise InputError(f"{where}: field '{field}': expected a list of non-empty strings")
-        scores = row.get(f"{field}_scores", [])
-        numbers = isinstance(scores, list) and all(type(score) in (int, float) for score in scores)
-        if not numbers or len(scores) not in (0, len(texts)):
-            raise InputError(f"{where}: field '{field}_scores': expected {len(texts)} numbers")
-    if not row["pos"]:
-        raise InputError(f"{where}: field 'pos': expected at least one positive")
-    return row
-
-
 def write_rows(path, rows):
-    """One JSON object a line, gzipped if the name ends in .gz.
+    """One JSON object a line, gzipped if the name ends in .gz; `rows` may be a generator.
 
     Equal rows give equal bytes: no file name and no time is stored.
     """
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    content = "".join(lines).encode()
-    if Path(path).suffix == ".gz":
-        content = gzip.compress(content, mtime=0)
-    with renamed(path) as temporary:
-        temporary.write_bytes(content)
+    packer = zlib.compressobj(9, wbits=31) if Path(path).suffix == ".gz" else None
+    with renamed(path) as temporary, open(temporary, "wb") as file:
+        for row in rows:
+            line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+            file.write(packer.compress(line) if packer else line)
+        if packer:
+            file.write(packer.flush())

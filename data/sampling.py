@@ -4,15 +4,14 @@ No torch here.
 """
 
 import functools
-import hashlib
-from collections import defaultdict
+from array import array
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from data.commands import InputError
-from data.files import read_rows
+from data.rows import Rows, read_rows, text_id
 
 
 @dataclass
@@ -20,9 +19,10 @@ class Dataset:
     name: str
     instruction: str
     symmetric: bool  # documents carry the instruction too (STS, clustering)
-    rows: list
-    held_out: list
+    rows: Rows | list
+    held_out: Rows | list
     file: str = ""
+    digest: str = ""  # of the rows in the file
 
     def summary(self):
         return f"{self.name}: {len(self.rows)} rows of {self.file}, {len(self.held_out)} held out"
@@ -51,9 +51,10 @@ def read_datasets(entries, stage, s, mined=None):
             name=entry["name"],
             instruction=entry["instruction"],
             symmetric=entry.get("symmetric", False),
-            rows=[rows[i] for i in kept],
-            held_out=[rows[i] for i in order[:held]],
+            rows=rows.select(kept),
+            held_out=rows.select(order[:held]),
             file=str(path),
+            digest=rows.digest,
         )
         datasets.append(dataset)
     if not datasets:
@@ -148,16 +149,32 @@ def draw_documents(row, negatives, rng):
     return [positive, *(row["neg"][i] for i in order)]
 
 
-def text_id(text):
-    """64 bits that stand for a text where only equality matters."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
+class KnownPositives:
+    """Query -> text_ids of all positives that any row gives it; none of them is ever a negative.
+
+    16 bytes a pair of a query and a positive.
+    """
+
+    def __init__(self, queries, texts):
+        """queries (n,), texts (n,): text_ids of the pairs, int64."""
+        order = np.lexsort((texts, queries))
+        self.queries = queries[order]
+        self.texts = texts[order]
+
+    def __getitem__(self, query):
+        key = text_id(query)
+        first = np.searchsorted(self.queries, key, side="left")
+        last = np.searchsorted(self.queries, key, side="right")
+        return set(self.texts[first:last].tolist())
 
 
 def known_positives(datasets):
-    """Query -> text_ids of all positives that any row gives it; none of them is ever a negative."""
-    positives = defaultdict(set)
+    """The positives of all rows of data sets -> KnownPositives."""
+    queries, texts = array("q"), array("q")
     for dataset in datasets:
-        for row in dataset.rows + dataset.held_out:
-            positives[row["query"]].update(text_id(text) for text in row["pos"])
-    return positives
+        for rows in (dataset.rows, dataset.held_out):
+            for row in rows:
+                query = text_id(row["query"])
+                queries.extend([query] * len(row["pos"]))
+                texts.extend(text_id(text) for text in row["pos"])
+    return KnownPositives(np.array(queries), np.array(texts))

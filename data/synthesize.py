@@ -34,7 +34,8 @@ if not __package__:  # python data/synthesize.py: imports start at the project, 
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from data.commands import InputError, one_line, run_command
-from data.files import is_text, read_json, write_rows
+from data.files import read_json, write_rows
+from data.rows import is_text, is_unicode
 
 PROMPTS = read_json(Path(__file__).with_suffix(".json"))
 PLACEHOLDERS = set(re.findall("<[^<>]+>", json.dumps(PROMPTS)))  # what an answer has to replace
@@ -348,15 +349,6 @@ def check_texts(texts):
     for text in texts:
         if any(placeholder in text for placeholder in PLACEHOLDERS):
             raise Failed("bad: placeholder")
-
-
-def is_unicode(text):
-    """Whether a file can hold the text: JSON can escape half of a surrogate pair."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ import mine
 import nvembed
 import train
 from data import base, runs, sampling
-from data.files import read_rows
+from data.rows import read_rows
 from nvembed import LatentAttention, Tokens, add_lora, pack
 
 SHAPES = {  # layers, D, F, H, G, vocabulary, width of a cross-attention head

@@ -32,7 +32,8 @@ import numpy as np
 import torch
 
 from data.commands import run_command
-from data.files import read_rows, write_rows
+from data.files import write_rows
+from data.rows import read_rows
 
 FALSE = 3  # false negatives of a query
 HARD = 6  # hard negatives of a query

@@ -7,7 +7,8 @@ import mine_scale
 import pytest
 from conftest import ROOT
 
-from data.files import read_rows, write_rows
+from data.files import write_rows
+from data.rows import read_rows
 
 
 @pytest.mark.slow

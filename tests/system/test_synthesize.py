@@ -23,7 +23,8 @@ from stub_server import FAULTS, GARBAGE, REFUSALS, TIMEOUT, Server, misbehaves
 
 from data import synthesize
 from data.commands import InputError, run_command
-from data.files import ROOT, read_rows
+from data.files import ROOT
+from data.rows import read_rows
 
 KINDS = {
     "short-long": ("user_query", "positive_document", "hard_negative_document"),
@@ -121,7 +122,7 @@ def finished_run(tmp_path_factory):
 
 def test_every_task_gives_a_row(finished_run):
     server, out, counts = finished_run
-    rows = read_rows(out)
+    rows = list(read_rows(out))
     tasks = {row["prompt"].casefold() for row in rows}
     assert counts["rows"] == len(rows) == len(tasks) == 100
     assert all(len(row["pos"]) == len(row["neg"]) == 1 for row in rows)
@@ -206,9 +207,9 @@ def test_a_finished_run_asks_nothing_and_grows(serve, tmp_path):
     asked = len(server.asked)
     assert finished(server, out, tasks=20) == first
     assert len(server.asked) == asked
-    rows = read_rows(out)
+    rows = list(read_rows(out))
     assert finished(server, out, tasks=30)["rows"] == 30
-    assert read_rows(out)[:20] == rows
+    assert list(read_rows(out))[:20] == rows
     assert len(for_rows(server)) == 30
     out.unlink()  # control: without its journal everything is asked again
     journal_of(out).unlink()
@@ -261,7 +262,7 @@ def test_the_seed_and_the_key_draw_the_prompts(serve, tmp_path):
     assert asked["a"] == asked["b"]
     assert not asked["a"] & asked["c"]
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    assert read_rows(tmp_path / "a") != read_rows(tmp_path / "c")
+    assert list(read_rows(tmp_path / "a")) != list(read_rows(tmp_path / "c"))
     prompts = " ".join(prompt for prompt, _ in asked["a"] | asked["c"])
     for name in ("rarity", "length", "level", "clarity", "words"):
         for value in synthesize.PROMPTS["varied"][name]:

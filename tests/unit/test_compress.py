@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import nvembed
 from data.base import resolve
 from data.commands import InputError, run_command
-from data.files import read_rows
+from data.rows import read_rows
 from experiments import compress
 from nvembed import NVEmbed
 

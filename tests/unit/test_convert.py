@@ -24,7 +24,8 @@ from sources import (
 
 from data import convert
 from data.commands import InputError
-from data.files import json_lines, read_rows
+from data.files import json_lines
+from data.rows import read_rows
 
 
 def number_in(text):

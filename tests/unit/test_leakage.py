@@ -5,7 +5,8 @@ import pytest
 
 from data import leakage
 from data.commands import InputError
-from data.files import ROOT, json_lines, read_rows
+from data.files import ROOT, json_lines
+from data.rows import read_rows
 from data.recipes import read_recipe
 
 OWN = "The quick brown fox jumps over the lazy dog near the old river bank at dawn."
@@ -88,7 +89,7 @@ def test_planted_leaks(by, threshold, held_out):
     long = [text for text in held_out if len(set(leakage.words(text))) > 14]
     chosen = long[:: len(long) // 20][:20]
     planted = [{"query": f"{text.lower()} zzyzx", "pos": ["zzyzx"]} for text in chosen]
-    honest = read_rows(ROOT / "data/wikipedia_sentence.jsonl.gz")[-20:]
+    honest = list(read_rows(ROOT / "data/wikipedia_sentence.jsonl.gz")[-20:])
     kept, dropped = leakage.drop_leaks(planted + honest, held_out, by, threshold)
     assert len(planted) == 20
     assert kept == honest

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from data.commands import InputError
-from data.files import read_rows, write_rows
+from data.files import write_rows
+from data.rows import read_rows
 
 SCORES = np.array(
     [[0.90, 0.80, 0.76, 0.75, 0.70, 0.10], [-0.05, -0.099, -0.1, -0.104, -0.106, -0.3]]

@@ -6,7 +6,8 @@ import re
 import pytest
 
 from data.commands import InputError
-from data.files import ROOT, read_json, read_rows
+from data.files import ROOT, read_json
+from data.rows import read_rows
 from data.recipes import read_recipe
 
 LOCAL = read_recipe(ROOT / "data/local.json")

@@ -7,6 +7,7 @@ import train
 from data import sampling
 from data.commands import InputError
 from data.files import write_rows
+from data.rows import read_rows
 from nvembed import NVEmbed
 
 
@@ -57,12 +58,12 @@ def test_held_out_rows_and_samples(tmp_path):
     assert len(held) == 4
     assert sorted(kept + held) == sorted(row["query"] for row in rows)
     assert len(capped.rows) == 7
-    assert capped.held_out == all_of_it.held_out
+    assert list(capped.held_out) == list(all_of_it.held_out)
     assert all(row in all_of_it.rows for row in capped.rows)
     (again,) = sampling.read_datasets([entry], 1, settings(seed=0))
     (other,) = sampling.read_datasets([entry], 1, settings(seed=1))
-    assert again == all_of_it
-    assert other.held_out != all_of_it.held_out
+    assert list(again.rows) == list(all_of_it.rows)
+    assert list(other.held_out) != list(all_of_it.held_out)
     (small,) = sampling.read_datasets([entry], 1, settings(held_out=64))
     assert len(small.held_out) == 5  # at most a tenth
     with pytest.raises(InputError, match="expected a data set of stage 2"):
@@ -99,3 +100,21 @@ def test_instruction_goes_where_it_belongs(base):
     assert queries[0].ids[: queries[0].not_pooled] != queries[1].ids
     assert a_batch(model, rows, s).tokens == queries + documents(False)
     assert a_batch(model, rows, s, symmetric=True).tokens == queries + documents(True)
+
+
+def test_known_positives_are_those_of_all_rows(tmp_path):
+    """Of rows that are trained on and held out, whatever their case and white space."""
+    rows = [
+        {"query": "A  query", "pos": ["One", "two"]},
+        {"query": "a query", "pos": ["ONE ", "three"]},
+        {"query": "another", "pos": ["four"]},
+    ]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    found = read_rows(tmp_path / "rows.jsonl")
+    dataset = sampling.Dataset("set", "", False, found.select([0, 2]), found.select([1]))
+    positives = sampling.known_positives([dataset])
+    expected = {sampling.text_id(text) for text in ("one", "two", "three")}
+    assert positives["A QUERY"] == expected
+    assert positives["another"] == {sampling.text_id("four")}
+    assert positives["unknown"] == set()  # control
+    assert positives.queries.nbytes + positives.texts.nbytes <= 16 * 5

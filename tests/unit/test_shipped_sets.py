@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from data import sets
-from data.files import ROOT, read_rows
+from data.files import ROOT
+from data.rows import read_rows
 from data.leakage import words
 from data.recipes import read_recipe
 
