@@ -10,23 +10,22 @@ the others become the row's "neg".
 
 Vectors are written once, in shards under .cache/maps, where later runs find them by their content.
 The ranks share out the encoding; rank 0 searches, block by block in bounded memory. Texts stay in
-memory. Each output file has the name of its rows; NAME.json beside it holds the teachers' hashes,
-the settings and what became of all candidates. A set whose NAME.json has the same settings is not
-mined again; an interrupted one continues with the next shard.
+their files. Each output file has the name of its rows; NAME.json beside it holds the teachers'
+hashes, the settings and what became of all candidates. A set whose NAME.json has the same settings
+is not mined again; an interrupted one continues with the next shard.
 
 Dimensions: Q queries, k documents asked for, n candidates of a query, m documents of a shard or
 block, D width.
 """
 
-import argparse
+import contextlib
 import functools
 import hashlib
-import itertools
 import json
 import os
 import sys
 import time
-from collections import Counter, defaultdict, namedtuple
+from collections import Counter, namedtuple
 from pathlib import Path
 
 import faiss
@@ -37,7 +36,8 @@ from tqdm import tqdm
 
 from data import base, commands, files, folders, recipes
 from data.commands import InputError
-from data.rows import canonical, check_row, read_rows
+from data.corpus import Corpus, Mined, documents_and_tasks, positives_of, queries_and_tasks
+from data.rows import KnownPositives, read_rows
 from nvembed import NVEmbed, fast_dtype
 
 # The rules (see `allowed`) and their default bounds. sampled and top1 filter as percpos does and
@@ -75,18 +75,18 @@ def load_teacher(teacher):
     return functools.partial(model.encode, max_length=teacher.max_length, progress=RANK == 0)
 
 
-def encode_to_disk(texts, tasks, teacher):
+def encode_to_disk(count, read, teacher):
     """Unit vectors of texts -> shards [(SHARD, D), ...], mapped from files; the last is shorter.
 
-    A file is named by the hash of its texts, teacher and settings: if it exists, it is whole and
-    right. The ranks share out the missing ones. Equal runs of texts, as at the start of corpora,
-    are encoded once.
+    read(slice) gives a part of the `count` texts, and their tasks. A file is named by the hash of
+    its texts, teacher and settings: if it exists, it is whole and right. The ranks share out the
+    missing ones. Equal runs of texts, as at the start of corpora, are encoded once.
     """
-    parts = [slice(i, i + SHARD) for i in range(0, len(texts), SHARD)]
-    paths = [shard_path(texts[part], tasks[part], teacher) for part in parts]
+    parts = [slice(i, min(i + SHARD, count)) for i in range(0, count, SHARD)]
+    paths = [shard_path(*read(part), teacher) for part in parts]
     for i in range(RANK, len(parts), WORLD_SIZE):
         if not paths[i].exists():
-            write_shard(paths[i], texts[parts[i]], tasks[parts[i]], teacher)
+            write_shard(paths[i], *read(parts[i]), teacher)
     while not all(path.exists() for path in paths):
         time.sleep(0.1)  # other ranks write them; if one dies, torchrun stops the others
     return [folders.read_tensors(path)["vectors"] for path in paths]
@@ -273,38 +273,6 @@ def build_index(shards, text):
     return index
 
 
-# ---- corpus
-
-
-def build_corpus(rows, paths=()):
-    """Documents of rows, and of files of {"text": str} or of more rows -> three lists.
-
-    The distinct texts, those of files first; for each row the ids of its positives; for each row
-    the ids of the positives that its query has in any row.
-    """
-    documents = {}  # canonical text: text
-    for row in itertools.chain(read_corpora(paths), rows):
-        for text in row["pos"] + row["neg"]:
-            documents.setdefault(canonical(text), text)
-    ids = {key: number for number, key in enumerate(documents)}
-    positives = [[ids[canonical(text)] for text in row["pos"]] for row in rows]
-
-    by_query = defaultdict(list)
-    for row, own in zip(rows, positives, strict=True):
-        by_query[canonical(row["query"])] += own
-    known = [list(by_query[canonical(row["query"])]) for row in rows]
-    return list(documents.values()), positives, known
-
-
-def read_corpora(paths):
-    """Yields the lines of files as rows."""
-    for path in paths:
-        for where, line in files.json_lines(path):
-            if "text" in line:
-                line = {"query": "-", "pos": [line["text"]]}
-            yield check_row(line, where)
-
-
 # ---- the rules
 
 
@@ -354,48 +322,59 @@ def mine(rows, teachers, entry, args, corpus_paths=()):
     Each of several teachers chooses its share of a row's negatives. One that two of them choose
     is there twice, which NV-Retriever found best, unless args.distinct. pos_scores are those of
     the last teacher. The counts divide all candidates into known positives, dropped by the rule,
-    surplus and kept. Ranks other than 0 only help to encode; what they return is of no use.
+    surplus and kept. The rows are a generator. Ranks other than 0 only help to encode.
     """
-    documents, positives, known = build_corpus(rows, corpus_paths)
+    corpus = Corpus(rows, corpus_paths)
+    known_positives = KnownPositives([rows])
     task = entry["instruction"]
-    query_tasks = [row.get("prompt", task) for row in rows]
-    document_tasks = [task if entry.get("symmetric", False) else ""] * len(documents)
-    mined = [row | {"neg": [], "neg_scores": []} for row in rows]
+    document_task = task if entry.get("symmetric", False) else ""
+    read_documents = functools.partial(documents_and_tasks, corpus, document_task)
+    read_queries = functools.partial(queries_and_tasks, rows, task)
+    mined = Mined(len(rows), args.negatives)
     counts = Counter(rows=len(rows))
     memory = int(args.memory * 2**30)
     for t, teacher in enumerate(teachers):
-        shards = encode_to_disk(documents, document_tasks, teacher)
-        queries = encode_to_disk([row["query"] for row in rows], query_tasks, teacher)
+        shards = encode_to_disk(len(corpus), read_documents, teacher)
+        queries = encode_to_disk(len(rows), read_queries, teacher)
         if RANK != 0:
             continue
         index = build_index(shards, args.index) if args.index else None
         share = (args.negatives + len(teachers) - 1 - t) // len(teachers)
+        mined.positive_scores = []
         for group in query_groups(len(rows), shards[0].shape[1], args):
             vectors = take(queries, group)  # (Q, D)
-            own_scores = score_positives(vectors, [positives[i] for i in group], shards, memory)
+            own, known = positives_of(group, rows, corpus, known_positives)
+            own_scores = score_positives(vectors, own, shards, memory)
             lowest = np.array([line.min() for line in own_scores])  # (Q,)
             scores, ids = search(vectors, shards, args.top_k, memory, index)  # (Q, n)
-
-            found = scores > -np.inf
-            is_known = found & np.stack([np.isin(ids[q], known[i]) for q, i in enumerate(group)])
-            passed = allowed(scores, lowest, is_known, args.rule, args.bound)
-            usable = found & ~is_known & passed
-            chosen = choose(usable, share, args.rule, [(args.seed, t, i) for i in group])
-
+            if args.distinct:
+                known = [np.append(known[q], mined.ids[i]) for q, i in enumerate(group)]
+            seeds = [(args.seed, t, i) for i in group]
+            chosen, outcomes = select(scores, ids, lowest, known, share, seeds, args)
+            counts.update(outcomes)
             for q, i in enumerate(group):
-                columns = chosen[q]
-                mined[i]["neg"] += [documents[number] for number in ids[q, columns]]
-                mined[i]["neg_scores"] += scores[q, columns].round(4).tolist()
-                mined[i]["pos_scores"] = own_scores[q].round(4).tolist()
-                if args.distinct:
-                    known[i] += ids[q, columns].tolist()
-            dropped = found & ~is_known & ~passed
-            kept = sum(len(columns) for columns in chosen)
-            counts.update(candidates=found.sum(), positive=is_known.sum(), rule=dropped.sum())
-            counts.update(surplus=usable.sum() - kept, kept=kept)
-    short = sum(len(row["neg"]) < args.negatives for row in mined)
-    counts.update(documents=len(documents), rows_short=short)
-    return mined, {name: int(number) for name, number in counts.items()}
+                mined.add(i, ids[q, chosen[q]], scores[q, chosen[q]])
+            mined.positive_scores.append(np.concatenate(own_scores))
+    counts.update(documents=len(corpus), rows_short=mined.count_short())
+    return mined.rows(rows, corpus), {name: int(number) for name, number in counts.items()}
+
+
+def select(scores, ids, lowest, known, share, seeds, args):
+    """Chooses up to `share` of each query's candidates -> (their columns, counts of outcomes).
+
+    scores, ids (Q, n), best first; lowest (Q,), the lowest score of a query's positives; known:
+    for each query the numbers of documents that are no negatives; a seed for each query.
+    """
+    found = scores > -np.inf
+    is_known = np.stack([np.isin(*pair) for pair in zip(ids, known, strict=True)])
+    is_known &= found
+    passed = allowed(scores, lowest, is_known, args.rule, args.bound)
+    usable = found & ~is_known & passed
+    chosen = choose(usable, share, args.rule, seeds)
+    dropped = found & ~is_known & ~passed
+    kept = sum(len(columns) for columns in chosen)
+    outcomes = {"candidates": found.sum(), "positive": is_known.sum(), "rule": dropped.sum()}
+    return chosen, outcomes | {"surplus": usable.sum() - kept, "kept": kept}
 
 
 def query_groups(count, width, args):
@@ -421,50 +400,63 @@ def score_positives(queries, positives, shards, memory):
 
 def mine_file(entry, teachers, args):
     """Mines one data set into args.out, unless it is there with the same settings."""
+    target, report, corpus = places(entry, args)
     rows = read_rows(entry["file"])
-    target = Path(args.out, Path(entry["file"]).name)
-    report = Path(f"{target}.json")
-    corpus = [path for path in (*args.corpus, entry.get("corpus")) if path]
     other = ("recipe", "data", "out", "memory")
     plan = {name: value for name, value in vars(args).items() if name not in other}
-    plan["corpus"] = digest(corpus) if corpus else []
+    plan["corpus"] = [files.digest(path) for path in corpus]
     plan["teacher"] = [teacher.digest for teacher in teachers]
     plan["name"] = target.name
     plan["instruction"] = entry["instruction"]
-    plan["sha256"] = digest([entry["file"]])
-    if target.exists() and report.exists() and files.read_json(report).get("plan") == plan:
+    plan["symmetric"] = entry.get("symmetric", False)
+    plan["sha256"] = files.digest(entry["file"])
+    if files.finished(target, report, plan):
         print(f"{target}: already mined with these settings")
         return
-    mined, counts = mine(list(rows), teachers, entry, args, corpus)
+    mined, counts = mine(rows, teachers, entry, args, corpus)
     if RANK == 0:
         command = "python mine.py " + " ".join(sys.argv[1:])
+        files.begin(report)
         files.write_rows(target, mined)
         files.write_json(report, {"command": command, "plan": plan, "counts": counts})
         numbers = ", ".join(f"{name} {number:,}" for name, number in counts.items())
         print(f"{target}: {numbers}", flush=True)
 
 
+def places(entry, args):
+    """Where an entry's mined rows and report go, and the corpora that it is mined from."""
+    target = Path(args.out, Path(entry["file"]).name)
+    corpus = [path for path in (*args.corpus, entry.get("corpus")) if path]
+    return target, Path(f"{target}.json"), corpus
+
+
+def check_places(entries, args):
+    """Refuses outputs that are inputs, and two of one name, before anything is written."""
+    outputs, inputs = [], [args.recipe]
+    for entry in entries:
+        target, report, corpus = places(entry, args)
+        outputs += [target, report]
+        inputs += [entry["file"], *corpus]
+    files.check_outputs(outputs, inputs)
+
+
 def find_teacher(name, args):
     folder = folders.local_folder(base.resolve(name))
-    contents = [*folder.glob("*.safetensors"), *folder.glob("**/*.json")]
-    return Teacher(folder, digest(contents), args.max_length, args.dtype)
+    return Teacher(folder, " ".join(digests(folder)), args.max_length, args.dtype)
 
 
-def digest(paths):
-    """First 16 digits of each file's SHA-256, in order of their names."""
-    digits = []
-    for path in sorted(paths):
-        try:
-            content = np.memmap(path, mode="r")
-        except (OSError, ValueError) as error:  # ValueError: an empty file
-            raise InputError(f"{path}: {commands.one_line(error)}") from error
-        digits.append(hashlib.sha256(content).hexdigest()[:16])
-    return " ".join(digits)
+def digests(folder):
+    """Of all files of a model folder, in the order of their names; of an adapter its base's too."""
+    paths = [*folder.glob("*.safetensors"), *folder.glob("**/*.json")]
+    found = [files.digest(path) for path in sorted(paths)]
+    if folders.is_adapter(folder):
+        name = files.read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        found += digests(folders.local_folder(base.resolve(str(name))))
+    return found
 
 
 def main():
-    formatter = argparse.RawTextHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = commands.Flags(__doc__)
     flag = parser.add_argument
     flag("--model", nargs="+", default=["runs/stage1"], help="folders, hub ids, minilm, smollm2")
     flag("--recipe", default=str(files.ROOT / "data" / "local.json"))
@@ -479,14 +471,17 @@ def main():
     flag("--index", help="approximate: faiss factory and settings, 'IVF1024,Flat nprobe=32'")
     flag("--max-length", type=int, help="tokens of a text; default: stage 1's in the recipe")
     flag("--dtype", choices=DTYPES, default="bfloat16", help="of vectors; float32: of teachers too")
-    flag("--memory", type=float, default=1, help="GiB of the search, above program and texts")
+    flag("--memory", type=float, default=1, help="GiB of the search, above the program")
     flag("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.negatives < 1:
+        raise InputError(f"--negatives: expected 1 or more, got {args.negatives}")
 
     recipe = recipes.read_recipe(args.recipe)
     entries = [d for d in recipe["datasets"] if 2 in d["stages"] and d["kind"] in MINED_KINDS]
     if args.data:
         entries = [{"file": path, "instruction": ""} for path in args.data]
+    check_places(entries, args)
     if not args.max_length:
         args.max_length = recipe["stages"].get("1", {}).get("max_length", 512)
     if args.bound is None:
@@ -495,8 +490,10 @@ def main():
         hint = "run torchrun train.py --stage 1 first, or give --model"
         raise InputError(f"runs/stage1: no finished run: {hint}")
     teachers = [find_teacher(name, args) for name in args.model]
-    for entry in entries:
-        mine_file(entry, teachers, args)
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    with files.locked(args.out) if RANK == 0 else contextlib.nullcontext():
+        for entry in entries:
+            mine_file(entry, teachers, args)
 
 
 if __name__ == "__main__":

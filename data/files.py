@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import glob
 import gzip
+import hashlib
 import json
 import os
 import shutil
@@ -80,6 +81,43 @@ def beside(path, ending):
     """rows/NAME.jsonl.gz -> rows/NAME.ENDING"""
     stem = Path(path).name.split(".jsonl")[0]
     return Path(path).with_name(f"{stem}.{ending}")
+
+
+def digest(path):
+    """First 16 digits of a file's SHA-256."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def check_outputs(outputs, inputs):
+    """Refuses to write a file twice, or one that is also read, whatever it is called."""
+    for number, output in enumerate(outputs):
+        if output in outputs[:number]:
+            raise InputError(f"{output}: would be written twice; name the inputs otherwise")
+        for source in inputs:
+            one, other = os.path.realpath(output), os.path.realpath(source)
+            both = os.path.exists(one) and os.path.exists(other)
+            if one == other or (both and os.path.samefile(one, other)):
+                raise InputError(f"{output}: would overwrite the input {source}; use another --out")
+
+
+def finished(path, report, plan):
+    """The content of `report` if it says that `path` was made by `plan`, else None.
+
+    A file in their place that no command of ours wrote is an InputError: it stays.
+    """
+    earlier = read_json(report) if report.exists() else {}
+    if "plan" not in earlier:
+        for file in (path, report):
+            if file.exists():
+                raise InputError(f"{file}: is in the way, not from this command")
+        return None
+    return earlier if path.exists() and earlier["plan"] == plan else None
+
+
+def begin(report):
+    """Writes a report that stands for unfinished files, which may be overwritten."""
+    write_json(report, {"plan": None})
 
 
 def as_list(value):

@@ -104,12 +104,40 @@ def hash64(content):
     return int.from_bytes(digest, "little", signed=True)
 
 
+class KnownPositives:
+    """Query -> text_ids of all positives that any row gives it; none of them is ever a negative.
+
+    Memory: 16 bytes a pair of a query and a positive.
+    """
+
+    def __init__(self, parts):
+        """`parts` are sequences of rows."""
+        queries, texts = array("q"), array("q")
+        for rows in parts:
+            for row in rows:
+                queries.extend([text_id(row["query"])] * len(row["pos"]))
+                texts.extend(text_id(text) for text in row["pos"])
+        queries, texts = np.frombuffer(queries, np.int64), np.frombuffer(texts, np.int64)
+        order = queries.argsort(kind="stable")
+        self.queries = queries[order]
+        self.texts = texts[order]
+
+    def __getitem__(self, query):
+        key = text_id(query)
+        first = np.searchsorted(self.queries, key, side="left")
+        last = np.searchsorted(self.queries, key, side="right")
+        return set(self.texts[first:last].tolist())
+
+
 # ---- the rows of a file
 
 
-def read_rows(path):
-    """Checks every row of a .jsonl or .jsonl.gz file -> Rows. Memory: 24 bytes a row."""
-    file = RowFile(path)
+def read_rows(path, check=check_row):
+    """Checks every row of a .jsonl or .jsonl.gz file -> Rows. Memory: 24 bytes a row.
+
+    `check` makes a row of a line's object and its place, or raises InputError.
+    """
+    file = RowFile(path, check)
     return Rows(file, np.arange(len(file.hashes)))
 
 
@@ -148,8 +176,9 @@ class Rows(Sequence):
 class RowFile:
     """A file of rows, checked whole and open: where each row begins, and a hash of each."""
 
-    def __init__(self, path):
+    def __init__(self, path, check):
         self.path = path
+        self.check = check
         starts, hashes, content = array("q"), array("q"), hashlib.sha256()
         with reading(path):
             file = plain_file(path)
@@ -163,7 +192,7 @@ class RowFile:
                 line = bare(line)
                 if line:
                     where = f"{path}:{number}"
-                    check_row(parse_object(line, where), where)
+                    check(parse_object(line, where), where)
                     starts.append(start)
                     hashes.append(hash64(line))
                     content.update(line + b"\n")
@@ -180,7 +209,7 @@ class RowFile:
         line = bare(os.pread(self.descriptor, end - start, start))
         if hash64(line) != self.hashes[number]:
             raise InputError(f"{self.path}: changed while it was in use")
-        return check_row(parse_object(line, self.path), self.path)
+        return self.check(parse_object(line, self.path), self.path)
 
     def where(self, number):
         """ "FILE:LINE" of a row, by counting the lines before it."""

@@ -4,14 +4,13 @@ No torch here.
 """
 
 import functools
-from array import array
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from data.commands import InputError
-from data.rows import Rows, read_rows, text_id
+from data.rows import KnownPositives, Rows, read_rows, text_id  # text_id: for train.py
 
 
 @dataclass
@@ -149,32 +148,9 @@ def draw_documents(row, negatives, rng):
     return [positive, *(row["neg"][i] for i in order)]
 
 
-class KnownPositives:
-    """Query -> text_ids of all positives that any row gives it; none of them is ever a negative.
-
-    16 bytes a pair of a query and a positive.
-    """
-
-    def __init__(self, queries, texts):
-        """queries (n,), texts (n,): text_ids of the pairs, int64."""
-        order = np.lexsort((texts, queries))
-        self.queries = queries[order]
-        self.texts = texts[order]
-
-    def __getitem__(self, query):
-        key = text_id(query)
-        first = np.searchsorted(self.queries, key, side="left")
-        last = np.searchsorted(self.queries, key, side="right")
-        return set(self.texts[first:last].tolist())
-
-
 def known_positives(datasets):
-    """The positives of all rows of data sets -> KnownPositives."""
-    queries, texts = array("q"), array("q")
+    """The positives of all rows, held-out ones too -> KnownPositives."""
+    parts = []
     for dataset in datasets:
-        for rows in (dataset.rows, dataset.held_out):
-            for row in rows:
-                query = text_id(row["query"])
-                queries.extend([query] * len(row["pos"]))
-                texts.extend(text_id(text) for text in row["pos"])
-    return KnownPositives(np.array(queries), np.array(texts))
+        parts += [dataset.rows, dataset.held_out]
+    return KnownPositives(parts)

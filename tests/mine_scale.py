@@ -228,7 +228,7 @@ def scale(queries, documents, width, mib, shard=4096, k=100):
         kill_when(lambda: len(shard_times(folder)) >= needed, folder, *limited)  # it searches
         before = shard_times(folder)
         assert kept < needed == len(before)
-        assert not (folder / "out").exists()
+        assert not (folder / "out/rows.jsonl").exists()
 
         used = finish(folder, *limited)
         assert shard_times(folder) == before  # nothing is encoded twice

@@ -32,8 +32,8 @@ def test_ranks_are_one_process(tmp_path):
         assert len(maps) == 10 + 1
         for path in maps:
             path.unlink()
-    one = read_rows(tmp_path / "1/rows.jsonl")
-    two = read_rows(tmp_path / "2/rows.jsonl")
+    one = list(read_rows(tmp_path / "1/rows.jsonl"))
+    two = list(read_rows(tmp_path / "2/rows.jsonl"))
     assert one == two
     assert all(len(row["neg"]) == 5 for row in one)
 

@@ -13,8 +13,8 @@ from sources import small_recipe
 from data import prepare
 from data.commands import InputError
 from data.files import ROOT, json_lines, write_rows
-from data.rows import read_rows
 from data.recipes import read_recipe
+from data.rows import read_rows
 
 
 def contents(folder):

@@ -189,7 +189,7 @@ BASIC = ("data.commands", "data.files")
 ALLOWED = {  # file: what it may import of ours beside data.commands and data.files
     "nvembed.py": "data.folders data.quantize",
     "train.py": "nvembed data.base data.recipes data.runs data.sampling",
-    "mine.py": "nvembed data.base data.folders data.recipes data.rows",
+    "mine.py": "nvembed data.base data.corpus data.folders data.recipes data.rows",
     "eval.py": "nvembed data.base data.folders data.tasks",
     "data/__init__.py": "",
     "data/folders.py": "",
@@ -198,6 +198,7 @@ ALLOWED = {  # file: what it may import of ours beside data.commands and data.fi
     "data/base.py": "",
     "data/quantize.py": "",
     "data/rows.py": "",
+    "data/corpus.py": "data.rows",
     "data/sampling.py": "data.rows",
     "data/tasks.py": "",
     "data/synthesize.py": "data.rows",
@@ -216,6 +217,7 @@ WITHOUT_TORCH = (
     "data/files.py",
     "data/recipes.py",
     "data/rows.py",
+    "data/corpus.py",
     "data/sampling.py",
     "data/base.py",
 )

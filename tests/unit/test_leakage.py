@@ -6,8 +6,8 @@ import pytest
 from data import leakage
 from data.commands import InputError
 from data.files import ROOT, json_lines
-from data.rows import read_rows
 from data.recipes import read_recipe
+from data.rows import read_rows
 
 OWN = "The quick brown fox jumps over the lazy dog near the old river bank at dawn."
 UNRELATED = [f"Something about number {i} and its uses in trade" for i in range(30)]

@@ -3,7 +3,9 @@
 import argparse
 import functools
 import json
+import os
 import sys
+import tracemalloc
 from pathlib import Path
 
 import mine
@@ -11,8 +13,9 @@ import numpy as np
 import pytest
 
 from data.commands import InputError
-from data.files import write_rows
-from data.rows import read_rows
+from data.corpus import Corpus, Mined
+from data.files import locked, write_rows
+from data.rows import KnownPositives, canonical, read_rows, text_id
 
 SCORES = np.array(
     [[0.90, 0.80, 0.76, 0.75, 0.70, 0.10], [-0.05, -0.099, -0.1, -0.104, -0.106, -0.3]]
@@ -106,7 +109,7 @@ def encode(name, texts, tasks):
     vectors = VECTORS
     if name == "other":
         vectors = OTHER
-    rows = [vectors[mine.canonical(text).split()[0]] for text in texts]
+    rows = [vectors[canonical(text).split()[0]] for text in texts]
     found = np.array(rows, np.float32)
     return found / np.linalg.norm(found, axis=1, keepdims=True)
 
@@ -142,7 +145,8 @@ def run_mine(
     args = argparse.Namespace(rule=rule, **settings)
     entry = {"instruction": "Task", "symmetric": symmetric}
     teachers = [mine.Teacher(Path(name), name, max_length, dtype) for name in teachers]
-    return mine.mine(ROWS, teachers, entry, args, corpus)
+    rows, counts = mine.mine(ROWS, teachers, entry, args, corpus)
+    return list(rows), counts
 
 
 def add_up(counts):
@@ -238,8 +242,12 @@ def test_vectors_are_encoded_once_and_only_for_what_they_are(here, monkeypatch):
     [
         (
             '{"text": "far"}\n{"text": 3}\n',
-            r"more.jsonl:2: field 'pos': expected a list of non-empty",
+            r"more.jsonl:2: field 'text': expected a string",
         ),
+        ('{"text": " "}\n', r"more.jsonl:1: field 'text': expected a non-empty string"),
+        ('{"title": 1, "text": "far"}\n', r"more.jsonl:1: field 'title': expected a string"),
+        ('{"text": "\\udc00"}\n', r"more.jsonl:1: field 'text': expected a string"),
+        ('{"txt": "far"}\n', r"more.jsonl:1: expected a field 'text', or a row's 'query' and"),
         ('{"text": "far"}\n{"query": "q"}\n', r"more.jsonl:2: field 'pos'"),
         ("far\n", r"more.jsonl:1: expected a JSON object"),
     ],
@@ -271,7 +279,185 @@ def test_bad_vectors(here, monkeypatch):
     assert not (here / "cache").exists()
 
 
+# ---- documents by number
+
+
+def test_a_beir_corpus(here):
+    """Its title stands before its text; a document of a title alone is one."""
+    lines = [
+        {"_id": "1", "title": "Far", "text": "more", "metadata": {}},
+        {"_id": "2", "title": "", "text": "far text"},
+        {"_id": "3", "title": "far title", "text": ""},
+        {"_id": "4", "title": None, "text": "FAR  Text"},  # the second again
+    ]
+    (here / "more.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    corpus = Corpus(ROWS, ["more.jsonl"])
+    assert corpus[:4] == ["Far more", "far text", "far title", "true 1"]
+    mined, _ = run_mine(negatives=9, corpus=["more.jsonl"])
+    assert {"Far more", "far text", "far title"} <= set(mined[0]["neg"])
+
+
+def test_documents_are_those_of_lists(here):
+    """Against the plain way, a dict of all texts: distinct, in order, and found by their text."""
+    rng = np.random.default_rng(0)
+    texts = [f"{'Text' if i % 3 else 'text '} {i % 50}" for i in range(300)]
+    rows = [
+        {"query": "q", "pos": list(rng.choice(texts, 2)), "neg": list(rng.choice(texts, n % 4))}
+        for n in range(100)
+    ]
+    write_rows(here / "rows.jsonl.gz", rows)
+    documents = {}
+    for row in rows:
+        for text in row["pos"] + row["neg"]:
+            documents.setdefault(canonical(text), text)
+    corpus = Corpus(read_rows(here / "rows.jsonl.gz"))
+    assert list(corpus) == list(documents.values()) == corpus[:]
+    numbers = corpus.numbers(text_id(text) for text in reversed(documents))
+    assert numbers.tolist() == list(range(len(documents)))[::-1]
+
+
+def test_memory_of_documents(here):
+    """10,000 rows of 9 texts: at most 300 bytes a row beside the vectors, however long the texts."""
+    rows = (
+        {
+            "query": f"q {i}",
+            "pos": [f"{i} 0 {'x' * 200}"],
+            "neg": [f"{i} {j} {'x' * 200}" for j in range(1, 9)],
+        }
+        for i in range(10000)
+    )
+    write_rows(here / "rows.jsonl", rows)
+    tracemalloc.start()
+    found = read_rows(here / "rows.jsonl")
+    corpus, known = Corpus(found), KnownPositives([found])
+    mined = Mined(len(found), 7)
+    mined.positive_scores = [np.zeros(10000)]
+    _, peak = tracemalloc.get_traced_memory()
+    listed = [dict(row) for row in found]
+    everything, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(corpus) == 90000
+    assert len(known.queries) == 10000
+    assert mined.count_short() == 10000
+    assert peak < 300 * 10000
+    assert everything > 1800 * len(listed)  # control
+
+
 # ---- the command
+
+
+def mining(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["mine.py", "--model", "teacher", *map(str, flags)])
+    mine.main()
+
+
+def contents(folder):
+    """Every file below a folder: its bytes."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_no_input_is_overwritten(here, monkeypatch):
+    """By its own name, by a link, as a corpus, as a file of the user's that is in the way."""
+    write_rows(here / "rows.jsonl", ROWS)
+    for folder in ("a", "b", "c"):
+        (here / folder).mkdir()
+        write_rows(here / folder / "rows.jsonl", ROWS[:1])
+    os.link(here / "rows.jsonl", here / "c" / "same.jsonl")
+    (here / "c/rows.jsonl").unlink()
+    os.symlink(here / "rows.jsonl", here / "c/rows.jsonl")
+    before = contents(here)
+    refused = [
+        (["--data", "rows.jsonl", "--out", "."], "rows.jsonl: would overwrite the input"),
+        (["--data", "rows.jsonl", "--out", "c"], "c/rows.jsonl: would overwrite the input"),
+        (
+            ["--data", "rows.jsonl", "--corpus", "a/rows.jsonl", "--out", "a"],
+            "a/rows.jsonl: would overwrite the input",
+        ),
+        (["--data", "rows.jsonl", "--out", "b"], "b/rows.jsonl: is in the way, not from this"),
+        (
+            ["--data", "a/rows.jsonl", "b/rows.jsonl", "--out", "d"],
+            "d/rows.jsonl: would be written twice",
+        ),
+    ]
+    for flags, message in refused:
+        with pytest.raises(InputError, match="^" + message):
+            mining(monkeypatch, *flags)
+        assert contents(here) == before
+    mining(monkeypatch, "--data", "rows.jsonl", "--out", "d")  # control
+    assert len(read_rows(here / "d/rows.jsonl")) == 3
+
+
+def test_what_is_half_written_is_mined_again(here, monkeypatch):
+    """Killed after the rows of other settings are written, the first settings are no longer done."""
+    write_rows(here / "rows.jsonl", ROWS)
+    flags = ("--data", "rows.jsonl", "--out", "out", "--negatives")
+    mining(monkeypatch, *flags, 2)
+    two = contents(here / "out")
+    write_json = mine.files.write_json
+
+    def killed(path, content):
+        if content["plan"] is not None:
+            raise KeyboardInterrupt
+        write_json(path, content)
+
+    monkeypatch.setattr(mine.files, "write_json", killed)
+    with pytest.raises(KeyboardInterrupt):
+        mining(monkeypatch, *flags, 1)
+    monkeypatch.setattr(mine.files, "write_json", write_json)
+    assert contents(here / "out") != two
+    mining(monkeypatch, *flags, 2)
+    (rows,) = (here / "out").glob("*.jsonl")
+    assert rows.read_bytes() == two[rows]
+
+
+def test_one_process_writes_a_folder(here, monkeypatch):
+    write_rows(here / "rows.jsonl", ROWS)
+    (here / "out").mkdir()
+    with locked(here / "out"), pytest.raises(InputError, match="^out: in use by another process$"):
+        mining(monkeypatch, "--data", "rows.jsonl", "--out", "out")
+    mining(monkeypatch, "--data", "rows.jsonl", "--out", "out")  # control
+    assert (here / "out/rows.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "expected"),
+    [
+        ("--bound", "nan", r"a number in \(-inf, inf\), got nan"),
+        ("--memory", "0", r"a number in \(0, inf\), got 0.0"),
+        ("--memory", "nan", r"a number in \(0, inf\), got nan"),
+        ("--top-k", "0", r"a number in \[1, inf\), got 0"),
+        ("--negatives", "0", "1 or more, got 0"),
+        ("--negatives", "-1", r"a number in \[0, inf\), got -1"),
+        ("--max-length", "0", r"a number in \[1, inf\), got 0"),
+        ("--seed", "-1", r"a number in \[0, inf\), got -1"),
+    ],
+)
+def test_ranges_of_flags(here, monkeypatch, flag, value, expected):
+    with pytest.raises(InputError, match=f"^{flag}: expected {expected}"):
+        mining(monkeypatch, flag, value)
+
+
+def test_an_adapter_is_its_base_too(here):
+    """The digest by which vectors are found: other weights of the base, other vectors."""
+    (here / "base").mkdir()
+    (here / "base/model.safetensors").write_bytes(b"one")
+    (here / "adapter").mkdir()
+    config = {"base_model_name_or_path": "base"}
+    (here / "adapter/adapter_config.json").write_text(json.dumps(config))
+    args = argparse.Namespace(max_length=1, dtype="float32")
+    first = mine.find_teacher("adapter", args).digest
+    assert mine.find_teacher("adapter", args).digest == first  # control
+    (here / "base/model.safetensors").write_bytes(b"two")
+    assert mine.find_teacher("adapter", args).digest != first
+
+
+def test_inputs_that_can_only_be_read(here, monkeypatch):
+    write_rows(here / "rows.jsonl", ROWS)
+    (here / "more.jsonl").write_text('{"text": "far more"}\n')
+    for name in ("rows.jsonl", "more.jsonl", "teacher/config.json"):
+        (here / name).chmod(0o444)
+    mining(monkeypatch, "--data", "rows.jsonl", "--corpus", "more.jsonl", "--out", "out")
+    assert len(read_rows(here / "out/rows.jsonl")) == 3
 
 
 def test_command(here, monkeypatch, capsys):
@@ -299,12 +485,11 @@ def test_command(here, monkeypatch, capsys):
 
     with pytest.raises(InputError, match="runs/stage1: no finished run"):
         run()
-    with pytest.raises(InputError, match="none.jsonl"):
+    with pytest.raises(OSError, match="none.jsonl"):
         run(*teacher, "--corpus", "none.jsonl")
     (here / "empty.jsonl").touch()
     with pytest.raises(InputError, match="empty.jsonl"):
         run(*teacher, "--corpus", "empty.jsonl")
     assert (here / "empty.jsonl").read_bytes() == b""
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(InputError, match="argument --rule: invalid choice: 'odd'"):
         run("--rule", "odd")
-    assert stop.value.code == 2

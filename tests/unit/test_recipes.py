@@ -7,8 +7,8 @@ import pytest
 
 from data.commands import InputError
 from data.files import ROOT, read_json
-from data.rows import read_rows
 from data.recipes import read_recipe
+from data.rows import read_rows
 
 LOCAL = read_recipe(ROOT / "data/local.json")
 PAPER = read_recipe(ROOT / "data/paper.json")
