@@ -18,9 +18,10 @@ import numpy as np
 from tqdm import tqdm
 
 from data.commands import InputError
-from data.files import beside, read_json, renamed, write_json, write_rows
+from data.files import begin, beside, check_outputs, digest, finished, locked, renamed
+from data.files import write_json, write_rows
 from data.leakage import drop_leaks, words
-from data.tables import get, ids_of, read_table, texts_of, texts_of_table
+from data.tables import get, ids_of, local_files, read_table, texts_of, texts_of_table
 
 LABELLED_TEXTS = 100_000  # kept of a larger set: positives and negatives are drawn from them
 NEGATIVES = 7  # of a labelled text
@@ -34,17 +35,41 @@ def prepare(dataset, seed):
 
     Beside NAME.jsonl.gz stand NAME.corpus.jsonl.gz (every document seen, for mining),
     NAME.dropped.jsonl (leaks) and, written last, NAME.json (the settings and counts). If
-    NAME.json has the same settings nothing is done.
+    NAME.json has the same settings, local files included, nothing is done.
     """
     path = Path(dataset["file"])
     report = beside(path, "json")
     settings = {name: value for name, value in dataset.items() if name not in ("file", "corpus")}
     plan = {"dataset": settings, "seed": seed}
-    if path.exists() and report.exists():
-        earlier = read_json(report)
-        if earlier.get("plan") == plan:
+    inputs = files_read(dataset)
+    if inputs:
+        plan["files"] = {str(source): digest(source) for source in inputs}
+    outputs = [path, report, beside(path, "dropped.jsonl")]
+    if "corpus" in dataset:
+        outputs.append(dataset["corpus"])
+    check_outputs(outputs, inputs)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path.parent):
+        earlier = finished(path, report, plan)
+        if earlier:
             return f"{path}: already made so: {earlier['counts']['kept']:,} rows"
+        begin(report)
+        counts = write(dataset, seed, path)
+        write_json(report, {"plan": plan, "counts": counts})
+    shown = [f"{name} {count:,}" for name, count in counts.items() if count]
+    return f"{path}: {', '.join(shown)}"
 
+
+def files_read(dataset):
+    """The local files that a data set is made from."""
+    source = dataset["source"]
+    tables = [source, source.get("queries"), source.get("corpus")]
+    tables.append(dataset.get("leakage", {}).get("against"))
+    return [path for table in tables if table for path in local_files(table)]
+
+
+def write(dataset, seed, path):
+    """Writes a data set's rows, leaks and corpus -> counts."""
     if "corpus" in dataset:
         with corpus_file(dataset["corpus"]) as corpus:
             rows, dropped, counts = convert(dataset, seed, corpus)
@@ -52,9 +77,7 @@ def prepare(dataset, seed):
         rows, dropped, counts = convert(dataset, seed)
     write_rows(path, rows)
     write_rows(beside(path, "dropped.jsonl"), dropped)
-    write_json(report, {"plan": plan, "counts": counts})
-    shown = [f"{name} {count:,}" for name, count in counts.items() if count]
-    return f"{path}: {', '.join(shown)}"
+    return counts
 
 
 def convert(dataset, seed, corpus=None):

@@ -227,7 +227,9 @@ def how_to_make(path):
     """A hint at the command that makes a missing file of a recipe's sources."""
     if path.exists() or path.parent.parent != cache() / "recipes":
         return ""
-    return f"; python data/prepare.py --recipe data/{path.parent.name}.json makes it"
+    shipped = Path("data", f"{path.parent.name}.json")
+    recipe = shipped if (ROOT / shipped).exists() else "RECIPE"
+    return f"; python data/prepare.py --recipe {recipe} makes it"
 
 
 def write_rows(path, rows):
@@ -238,7 +240,10 @@ def write_rows(path, rows):
     packer = zlib.compressobj(9, wbits=31) if Path(path).suffix == ".gz" else None
     with renamed(path) as temporary, open(temporary, "wb") as file:
         for row in rows:
-            line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+            try:
+                line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+            except UnicodeEncodeError as error:  # half of a surrogate pair
+                raise InputError(f"{path}: no text: {one_line(error)}, in {row!r:.60}") from error
             file.write(packer.compress(line) if packer else line)
         if packer:
             file.write(packer.flush())

@@ -8,7 +8,7 @@ import re
 import numpy as np
 
 from data.commands import InputError
-from data.files import as_list, beside, json_lines, write_rows
+from data.files import as_list, beside, check_outputs, json_lines, write_rows
 
 
 def words(text):
@@ -112,6 +112,8 @@ def check_files(rows, against, by, threshold, out):
 
     The rows kept go to the file `out`, if one is given, those dropped beside it.
     """
+    if out:
+        check_outputs([out, beside(out, "dropped.jsonl")], [rows, against])
     items = [row for _, row in json_lines(rows)]
     texts = []
     for _, row in json_lines(against):

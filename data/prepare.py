@@ -8,7 +8,6 @@
 Sources are tables of the hub or local files; data/README.md describes them.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -17,7 +16,7 @@ if not __package__:  # python data/prepare.py: imports start at the project, not
 
 from data import convert, sets
 from data.base import base, minilm
-from data.commands import InputError, run_command
+from data.commands import Flags, InputError, run_command
 from data.leakage import OVERLAPS, check_files
 from data.recipes import LABELS, read_recipe
 
@@ -25,9 +24,7 @@ BUILDERS = {"base": base, "minilm": minilm, "sets": sets.build}
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = Flags(__doc__)
     flag = parser.add_argument
     flag("--only", nargs="+", help="base, minilm, sets; with --recipe names of its data sets")
     flag("--recipe", help="make the rows of this recipe's sources")
@@ -65,14 +62,14 @@ def prepare_recipe(args):
     for name, entry in entries.items():
         if name not in chosen:
             continue
+        if "source" not in entry:
+            print(f"{entry['file']}: as it is")
+            continue
         if args.out:
             for key in ("file", "corpus"):
                 if key in entry:
                     entry[key] = str(Path(args.out, Path(entry[key]).name))
-        if "source" in entry:
-            print(convert.prepare(entry, recipe["seed"]))
-        else:
-            print(f"{entry['file']}: as it is")
+        print(convert.prepare(entry, recipe["seed"]))
 
 
 def build(names):

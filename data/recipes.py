@@ -8,11 +8,13 @@ An entry is one data set; data/README.md lists its fields. Its rows are a file b
 into the cache.
 """
 
+import hashlib
 from pathlib import Path
 
-from data.commands import InputError
-from data.files import cache, check_fields, read_json
+from data.commands import InputError, check_ranges
+from data.files import ROOT, cache, check_fields, read_json
 from data.leakage import OVERLAPS
+from data.rows import check_prompt
 
 KINDS = ("retrieval", "classification", "clustering", "sts", "synthetic")
 LABELS = ("examples", "names")  # documents of classes: other texts of the class, or its name
@@ -61,6 +63,8 @@ def read_recipe(path, preset=None, labels=None):
     path, preset = split_preset(path, preset)
     recipe = read_json(path)
     check_fields(recipe, RECIPE, RECIPE_OPTIONAL, path)
+    check_ranges({"seed": recipe["seed"]}, f"{path}: ")
+    check_fields(recipe["stages"], {}, dict.fromkeys(recipe["stages"], dict), f"{path}: stages")
     presets = recipe.pop("presets", {})
     for name, fields in presets.items():
         check_fields(fields, {}, PRESET_OPTIONAL, f"{path}: presets: {name}")
@@ -74,6 +78,7 @@ def read_recipe(path, preset=None, labels=None):
     for number, dataset in enumerate(recipe["datasets"]):
         check_dataset(dataset, f"{path}: datasets[{number}]")
         locate_dataset(dataset, path, labels)
+    check_names(recipe["datasets"], path)
     apply_preset(recipe, changes, f"{path}: presets: {preset}")
     return recipe
 
@@ -109,6 +114,11 @@ def apply_preset(recipe, changes, where):
 def check_dataset(dataset, where):
     """Checks an entry of a recipe's "datasets"."""
     check_fields(dataset, DATASET, DATASET_OPTIONAL, where)
+    check_ranges({"samples": dataset.get("samples", 1)}, f"{where}: ")
+    check_prompt(dataset["instruction"], where, "instruction")
+    name = dataset["name"]
+    if Path(name).name != name or name == "..":
+        raise InputError(f"{where}: field 'name': expected the name of a file, got {name!r}")
     kind = dataset["kind"]
     if kind not in KINDS:
         raise InputError(f"{where}: field 'kind': expected one of {KINDS}, got {kind!r}")
@@ -123,12 +133,23 @@ def check_dataset(dataset, where):
         check_leakage(dataset["leakage"], f"{where}: leakage")
 
 
+def check_names(datasets, where):
+    """Refuses data sets of one name, and files of one name: mined rows have their files' names."""
+    names = [dataset["name"] for dataset in datasets]
+    files = [Path(dataset["file"]).name for dataset in datasets]
+    files += [Path(dataset["corpus"]).name for dataset in datasets if "corpus" in dataset]
+    for found in (names, files):
+        for name in found:
+            if found.count(name) > 1:
+                raise InputError(f"{where}: datasets: expected one of the name {name}, got several")
+
+
 def check_source(source, where):
     """Checks an entry's "source": rows of pairs, or of texts with labels."""
     if "label" in source:
-        check_fields(source, CLASSES, CLASSES_OPTIONAL, where)
+        check_table(source, CLASSES, CLASSES_OPTIONAL, where)
     else:
-        check_fields(source, PAIRS, PAIRS_OPTIONAL, where)
+        check_table(source, PAIRS, PAIRS_OPTIONAL, where)
     for name, sides in source.get("route", {}).items():
         known = isinstance(sides, dict) and all(side in ("pos", "neg") for side in sides.values())
         if not known:
@@ -138,7 +159,15 @@ def check_source(source, where):
     check_fields(thresholds, dict.fromkeys(thresholds, (int, float)), {}, f"{where}: at_least")
     for name in ("queries", "corpus"):
         if name in source:
-            check_fields(source[name], TEXTS_BY_ID, TABLE_OPTIONAL, f"{where}: {name}")
+            check_table(source[name], TEXTS_BY_ID, TABLE_OPTIONAL, f"{where}: {name}")
+
+
+def check_table(table, required, optional, where):
+    """Checks what names a table and its fields."""
+    check_fields(table, required, optional, where)
+    check_ranges({"rows": table.get("rows", 1)}, f"{where}: ")
+    if not table["path"].strip():
+        raise InputError(f"{where}: field 'path': expected a hub id, folder or file")
 
 
 def check_leakage(leakage, where):
@@ -147,7 +176,8 @@ def check_leakage(leakage, where):
     by = leakage["by"]
     if by not in OVERLAPS:
         raise InputError(f"{where}: field 'by': expected {' or '.join(OVERLAPS)}, got {by!r}")
-    check_fields(leakage["against"], LEAKAGE_TEXTS, TABLE_OPTIONAL, f"{where}: against")
+    check_ranges({"threshold": leakage["threshold"]}, f"{where}: ")
+    check_table(leakage["against"], LEAKAGE_TEXTS, TABLE_OPTIONAL, f"{where}: against")
 
 
 def locate_dataset(dataset, path, labels):
@@ -166,12 +196,20 @@ def locate_dataset(dataset, path, labels):
         if by_names:
             source["documents"] = "names"
             stem += "_names"
-        folder = cache() / "recipes" / path.stem
+        folder = made_rows(path.resolve())
         dataset["file"] = str(folder / f"{stem}.jsonl.gz")
         if dataset["kind"] in ("retrieval", "sts"):
             dataset["corpus"] = str(folder / f"{dataset['name']}.corpus.jsonl.gz")
     if by_names:
         dataset["symmetric"] = False  # a label's name is no query
+
+
+def made_rows(path):
+    """The folder of the rows that a recipe's sources give: its own, however many have its name."""
+    name = path.stem
+    if path.parent != ROOT / "data":
+        name += "-" + hashlib.sha256(str(path).encode()).hexdigest()[:8]
+    return cache() / "recipes" / name
 
 
 def stage_settings(recipe, path, stage, types):
@@ -185,4 +223,5 @@ def stage_settings(recipe, path, stage, types):
         if type(value) not in allowed:
             expected = types[name].__name__
             raise InputError(f"{where}.{name}: expected {expected}, got {value!r}")
+    check_ranges(settings, f"{where}.")
     return settings

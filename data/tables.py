@@ -57,6 +57,15 @@ def check_file(path):
         raise InputError(f"{path}: expected at least one row")
 
 
+def local_files(table):
+    """The files of a table that are on this machine, none of one of the hub."""
+    path = Path(table["path"])
+    if path.is_file():
+        return [path]
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return [file for file in files if file_ending(str(file)) in FILE_FORMATS]
+
+
 def file_ending(path):
     """rows.tsv.gz -> .tsv"""
     return Path(path.removesuffix(".gz")).suffix

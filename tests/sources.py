@@ -237,6 +237,8 @@ def local_entry(name, tables, folder, ending=".jsonl"):
     entry["file"] = str(folder / f"{name}.jsonl.gz")
     if "corpus" in entry:
         entry["corpus"] = str(folder / f"{name}.corpus.jsonl.gz")
+    folder = folder / "tables"  # what is made of a table may have its name
+    folder.mkdir(exist_ok=True)
     source = entry["source"]
     source["path"] = write_table(folder / f"{name}{ending}", tables[""])
     for part in ("queries", "corpus"):

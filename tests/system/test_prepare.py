@@ -12,7 +12,7 @@ from sources import small_recipe
 
 from data import prepare
 from data.commands import InputError
-from data.files import ROOT, json_lines, write_rows
+from data.files import ROOT, json_lines, read_json, write_rows
 from data.recipes import read_recipe
 from data.rows import read_rows
 
@@ -52,15 +52,18 @@ def test_interrupted_and_resumed(tmp_path, monkeypatch, capsys):
             raise KeyboardInterrupt
         replace(*paths)
 
-    for stop in range(len(whole)):
+    for stop in range(len(whole) + 4):  # each report is there twice: unfinished, finished
         renames.clear()
         out = tmp_path / f"stop{stop}"
         monkeypatch.setattr(os, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
             command(monkeypatch, "--recipe", recipe, "--out", out)
         monkeypatch.setattr(os, "replace", replace)
-        assert len(contents(out)) == stop
-        finished = {path.name: path.stat().st_mtime_ns for path in out.glob("*.json")}
+        finished = {
+            path.name: path.stat().st_mtime_ns
+            for path in out.glob("*.json")
+            if read_json(path)["plan"]
+        }
         capsys.readouterr()
         command(monkeypatch, "--recipe", recipe, "--out", out)
         assert contents(out) == whole
@@ -104,7 +107,7 @@ def test_training_finds_what_it_wrote(tmp_path, monkeypatch, capsys):
     entries = read_recipe(recipe)["datasets"]
     settings = train.Settings(batch=2, held_out=0)
     assert len(train.read_datasets(entries, 1, settings)[0].rows) == 3
-    hint = re.escape("python data/prepare.py --recipe data/small.json makes it")
+    hint = "python data/prepare.py --recipe RECIPE makes it"
     with pytest.raises(InputError, match=f"STS12.jsonl.gz: expected .*{hint}$"):
         train.read_datasets(entries, 2, settings)
 

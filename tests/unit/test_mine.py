@@ -317,7 +317,7 @@ def test_documents_are_those_of_lists(here):
 
 
 def test_memory_of_documents(here):
-    """10,000 rows of 9 texts: at most 300 bytes a row beside the vectors, however long the texts."""
+    """10,000 rows of 9 texts: at most 300 bytes a row beside the vectors."""
     rows = (
         {
             "query": f"q {i}",
@@ -388,7 +388,7 @@ def test_no_input_is_overwritten(here, monkeypatch):
 
 
 def test_what_is_half_written_is_mined_again(here, monkeypatch):
-    """Killed after the rows of other settings are written, the first settings are no longer done."""
+    """Killed when other settings' rows are written: what was there before is no longer done."""
     write_rows(here / "rows.jsonl", ROWS)
     flags = ("--data", "rows.jsonl", "--out", "out", "--negatives")
     mining(monkeypatch, *flags, 2)
