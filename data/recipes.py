@@ -117,7 +117,7 @@ def check_dataset(dataset, where):
     check_ranges({"samples": dataset.get("samples", 1)}, f"{where}: ")
     check_prompt(dataset["instruction"], where, "instruction")
     name = dataset["name"]
-    if Path(name).name != name or name == "..":
+    if name in ("", "..") or Path(name).name != name:
         raise InputError(f"{where}: field 'name': expected the name of a file, got {name!r}")
     kind = dataset["kind"]
     if kind not in KINDS:

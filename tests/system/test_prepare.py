@@ -1,7 +1,8 @@
 """data/prepare.py as a command: killed at any file and started again it writes the same bytes."""
 
+import gzip
+import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from sources import small_recipe
 
 from data import prepare
 from data.commands import InputError
-from data.files import ROOT, json_lines, read_json, write_rows
+from data.files import ROOT, json_lines, locked, read_json, write_rows
 from data.recipes import read_recipe
 from data.rows import read_rows
 
@@ -82,6 +83,64 @@ def test_another_setting_is_another_file(tmp_path, monkeypatch):
     endings = ("jsonl.gz", "json", "dropped.jsonl")
     assert set(after) - set(before) == {f"Emotion_names.{ending}" for ending in endings}
     assert before.items() <= after.items()
+
+
+def test_a_changed_source_is_made_anew(tmp_path, monkeypatch, capsys):
+    """A local file with other rows; one that was only touched is as it was."""
+    recipe = small_recipe(tmp_path / "source")
+    flags = ("--recipe", recipe, "--out", tmp_path / "rows", "--only", "Emotion")
+    command(monkeypatch, *flags)
+    capsys.readouterr()
+    table = tmp_path / "source/tables/Emotion.jsonl"
+    os.utime(table)
+    command(monkeypatch, *flags)
+    assert "already made so" in capsys.readouterr().out
+    before = contents(tmp_path / "rows")
+    table.write_text(table.read_text().replace(" 5", " 555"))
+    command(monkeypatch, *flags)
+    assert "already made so" not in capsys.readouterr().out
+    assert contents(tmp_path / "rows")["Emotion.jsonl.gz"] != before["Emotion.jsonl.gz"]
+
+
+def test_prepare_overwrites_nothing_of_the_user(tmp_path, monkeypatch):
+    """A source of the name of its rows; a file that is in the way; a folder in use."""
+    recipe = small_recipe(tmp_path / "source")
+    tables = tmp_path / "source/tables"
+    content = json.loads(recipe.read_text())
+    table = tables / "Emotion.jsonl.gz"
+    table.write_bytes(gzip.compress((tables / "Emotion.jsonl").read_bytes()))
+    content["datasets"][2]["source"]["path"] = str(table)
+    recipe.write_text(json.dumps(content))
+    before = contents(tables)
+    flags = ("--recipe", recipe, "--only", "Emotion", "--out")
+    with pytest.raises(InputError, match="Emotion.jsonl.gz: would overwrite the input"):
+        command(monkeypatch, *flags, tables)
+    assert contents(tables) == before
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "Emotion.json").write_text('{"mine": 1}')
+    with pytest.raises(InputError, match="Emotion.json: is in the way, not from this command$"):
+        command(monkeypatch, *flags, out)
+    (out / "Emotion.json").unlink()
+    with locked(out), pytest.raises(InputError, match="out: in use by another process$"):
+        command(monkeypatch, *flags, out)
+    assert not contents(out)
+    command(monkeypatch, *flags, out)  # control
+    assert len(contents(out)) == 3
+
+
+def test_leakage_never_empties_its_input(tmp_path, monkeypatch):
+    rows, against = tmp_path / "a.jsonl", tmp_path / "a.dropped.jsonl"
+    write_rows(rows, [{"query": "one question about it", "pos": ["its answer"]}])
+    write_rows(against, [{"text": "one question about it"}])
+    os.link(rows, tmp_path / "same.jsonl")
+    before = contents(tmp_path)
+    for out in ("a.jsonl", "same.jsonl", "./a.jsonl", "a.dropped.jsonl"):
+        with pytest.raises(InputError, match="would overwrite the input"):
+            command(monkeypatch, "--leakage", rows, "--against", against, "--out", tmp_path / out)
+        assert contents(tmp_path) == before
+    with pytest.raises(InputError, match="^--threshold: expected a number in .0, 1., got nan$"):
+        command(monkeypatch, "--leakage", rows, "--against", against, "--threshold", "nan")
 
 
 @pytest.mark.slow

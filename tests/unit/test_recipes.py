@@ -2,12 +2,13 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
 from data.commands import InputError
-from data.files import ROOT, read_json
-from data.recipes import read_recipe
+from data.files import ROOT, cache, read_json
+from data.recipes import read_recipe, stage_settings
 from data.rows import read_rows
 
 LOCAL = read_recipe(ROOT / "data/local.json")
@@ -210,6 +211,31 @@ def first(**changes):
         (first(kind="x"), "datasets[0]: field 'kind': expected one of"),
         (first(stages=[3]), "datasets[0]: field 'stages': expected [1], [2]"),
         (first(samples=True), "datasets[0]: field 'samples': expected int"),
+        (first(samples=0), "datasets[0]: samples: expected a number in [1, inf), got 0"),
+        (first(samples=-1), "datasets[0]: samples: expected a number in [1, inf), got -1"),
+        ({"seed": -1}, "seed: expected a number in [0, inf), got -1"),
+        ({"stages": {"1": 7}}, "stages: field '1': expected dict, got 7"),
+        (first(name="../../x"), "datasets[0]: field 'name': expected the name of a file"),
+        (first(name="a/b"), "datasets[0]: field 'name': expected the name of a file"),
+        (first(name=".."), "datasets[0]: field 'name': expected the name of a file"),
+        (first(name=""), "datasets[0]: field 'name': expected the name of a file"),
+        (
+            first(instruction="Instruct: find it"),
+            "datasets[0]: field 'instruction': expected the bare task",
+        ),
+        (
+            {
+                "datasets": [
+                    LOCAL["datasets"][0],
+                    LOCAL["datasets"][1] | {"name": "wikipedia_question"},
+                ]
+            },
+            "datasets: expected one of the name wikipedia_question, got several",
+        ),
+        (
+            {"datasets": [LOCAL["datasets"][0], LOCAL["datasets"][0] | {"name": "other"}]},
+            "datasets: expected one of the name wikipedia_question.jsonl.gz, got several",
+        ),
     ],
 )
 def test_bad_recipe(tmp_path, change, message):
@@ -253,6 +279,12 @@ def nq_entry():
             "source: corpus: field 'text': missing",
         ),
         ({"pos": 1}, "source: field 'pos': expected str or list, got 1"),
+        ({"path": ""}, "source: field 'path': expected a hub id, folder or file"),
+        ({"rows": 0}, "source: rows: expected a number in [1, inf), got 0"),
+        (
+            {"corpus": {"path": " ", "split": "b", "id": "c", "text": "d"}},
+            "source: corpus: field 'path': expected a hub id, folder or file",
+        ),
         ({"label": "a"}, "source: unknown field 'query'"),
     ],
 )
@@ -281,6 +313,8 @@ def test_file_or_source(tmp_path):
     [
         ({"by": "x"}, "field 'by': expected bm25 or runs, got 'x'"),
         ({"threshold": 1}, "field 'threshold': expected float, got 1"),
+        ({"threshold": 1.5}, "threshold: expected a number in [0, 1], got 1.5"),
+        ({"threshold": float("nan")}, "threshold: expected a number in [0, 1], got nan"),
         ({"against": {"path": "a", "split": "b"}}, "against: field 'text': missing"),
     ],
 )
@@ -294,3 +328,40 @@ def test_bad_leakage(tmp_path, change, message):
         read_recipe(path)
     write_entry(path, nq_entry() | {"leakage": leakage})  # control
     assert read_recipe(path)["datasets"][0]["leakage"] == leakage
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ({"lr": float("nan")}, "lr: expected a number in [0, inf), got nan"),
+        ({"warmup": -5}, "warmup: expected a number in [0, inf), got -5"),
+        ({"temperature": -1}, "temperature: expected a number in (0, inf), got -1"),
+        ({"lora_dropout": 2}, "lora_dropout: expected a number in [0, 1), got 2"),
+        ({"steps": 2.5}, "steps: expected int, got 2.5"),
+        ({"step": 2}, None),
+    ],
+)
+def test_settings_of_a_stage(setting, message):
+    types = {"steps": int, "warmup": int}
+    types |= dict.fromkeys(("lr", "temperature", "lora_dropout"), float)
+    message = f"a.json: stages.1.{message}" if message else "a.json: stages.1: unknown setting"
+    with pytest.raises(InputError, match="^" + re.escape(message)):
+        stage_settings({"stages": {"1": setting}}, "a.json", 1, types)
+    good = {"lr": 0, "warmup": 0, "temperature": 0.02, "lora_dropout": 0, "steps": 1}  # control
+    assert stage_settings({"stages": {"1": good}}, "a.json", 1, types) == good
+
+
+# ---- the cache
+
+
+def test_recipes_of_one_name_have_rows_of_their_own(tmp_path):
+    """Known by their place; those of data/ by their name, wherever the project is."""
+    files = []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        write_entry(tmp_path / folder / "mine.json", nq_entry())
+        files.append(read_recipe(tmp_path / folder / "mine.json")["datasets"][0]["file"])
+    assert files[0] != files[1]
+    again = read_recipe(tmp_path / "b" / ".." / "a" / "mine.json")["datasets"][0]["file"]
+    assert again == files[0]
+    assert Path(ENTRIES["NQ"]["file"]) == cache() / "recipes/paper/NQ.jsonl.gz"
