@@ -27,13 +27,11 @@ Shapes, beside those of nvembed.py:
 
 import argparse
 import math
-import shutil
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
-import safetensors
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -43,15 +41,18 @@ from torch.distributed.tensor import DTensor
 
 import nvembed
 from data.base import resolve
-from data.commands import InputError, run_command
+from data.commands import Flags, InputError, check_ranges, run_command
 from data.files import ROOT, read_json
+from data.folders import local_folder
+from data.machine import describe_machine, measure_peak, speed
+from data.ranks import Stopped, all_reduce, catch_signals, check_agreement, check_stop
+from data.ranks import init_ranks, leave_ranks, print0, rank, world_size
 from data.recipes import read_recipe, stage_settings
-from data.runs import RunLog, all_reduce, catch_signals, checkpoint, describe_machine
-from data.runs import format_record, init_ranks, last_checkpoint, load_checkpoint, load_tensors
-from data.runs import measure_peak, print0, print_sizes, rank, save_checkpoint, speed, trained
-from data.runs import whole, world_size
+from data.rows import text_id
+from data.runs import RunLog, check_loss, checkpoint, fingerprint, load_tensors, print_sizes
+from data.runs import is_finished, resume, run_folder, save_checkpoint, trained, whole
 from data.sampling import check_batch, draw_documents, draw_rows, known_positives, read_datasets
-from data.sampling import rows_of_step, schedule, shuffled_places, text_id
+from data.sampling import rows_of_step, shuffled_places
 from nvembed import NVEmbed, pack
 
 
@@ -244,7 +245,7 @@ def micro_batches(model, tokens, micro_tokens):
     A rank with fewer micro-batches embeds its last text again, and ignores the result.
     """
     parts = pack(tokens, micro_tokens)
-    (most,) = all_reduce([len(parts)], model.device, dist.ReduceOp.MAX)
+    (most,) = all_reduce([len(parts)], dist.ReduceOp.MAX)
     repeated = [parts[-1][-1:]]
     return parts + repeated * (int(most) - len(parts))
 
@@ -253,6 +254,7 @@ def embed(model, tokens, parts, key):
     """Embeddings (number of texts, D) of texts in their order, by micro-batches."""
     embeddings, order = [], []
     for i, part in enumerate(parts):
+        check_stop()
         reseed(*key, i)
         embeddings.append(model([tokens[j] for j in part]))
         order.extend(part)
@@ -288,6 +290,7 @@ def backward(model, batch, s, key=(0,), cached=True):
     # its embeddings into the weights.
     done = 0
     for i, part in enumerate(parts):
+        check_stop()
         if isinstance(model, FSDPModule):  # ranks reduce once, after the last micro-batch
             model.set_requires_gradient_sync(i + 1 == len(parts))
         gradient = embeddings.grad[part]
@@ -318,7 +321,7 @@ def train_step(model, optimizer, batch, s, step, teacher=None):
         zero_pruned_gradients(model)
     norm = torch.nn.utils.clip_grad_norm_(trained(model).values(), s.clip)
     norm = whole(norm).item()
-    sums = all_reduce([loss.item(), accuracy.item()], model.device)
+    sums = all_reduce([loss.item(), accuracy.item()])
     loss, accuracy = [value / world_size() for value in sums]
     rate = learning_rate(s, step)
     optimizer.param_groups[0]["lr"] = rate
@@ -413,22 +416,6 @@ def make_mesh(device, s):
     return dist.init_device_mesh(device.type, shape, mesh_dim_names=("copy", "shard"))
 
 
-def resume(run, settings, model, optimizer):
-    """Restores a run's last checkpoint, if it has one -> the number of steps done."""
-    if not (run / "latest").exists():
-        return 0
-    folder = checkpoint(run)
-    state = read_json(folder / "state.json")
-    for name, value in settings.items():
-        before = state["settings"].get(name, value)
-        if before != value:
-            advice = "use the same, --restart or another --out"
-            message = f"was begun with {name} = {before!r}, now {value!r}; {advice}"
-            raise InputError(f"{run}: {message}")
-    load_checkpoint(folder, model, optimizer)
-    return state["step"]
-
-
 # ---- the loop
 
 
@@ -446,65 +433,77 @@ def flops_a_token(model, batch, s):
 
 def train(run, init, datasets, s, device, teacher_name=None, tensorboard=None):
     """Trains, resumes or finishes one stage in the folder `run`, which ends up a loadable model."""
+    settings = asdict(s) | {"content": content(init, teacher_name, datasets)}
+    check_agreement(settings)
     model, base = build(init, s, device)
     teacher = None
     if s.distill:
         teacher = place(load(teacher_name, s, device), s, device)
     parameters = trained(model).values()
     optimizer = torch.optim.AdamW(parameters, s.lr, weight_decay=s.weight_decay, fused=True)
-    settings = asdict(s) | {"init": str(init), "teacher": teacher_name}
-    done = resume(run, settings, model, optimizer)
-    if done == s.steps and (run / "config.json").exists():
+    state = resume(run, settings, model, optimizer)
+    done, record = state["step"], state["record"]
+    if done == s.steps and is_finished(run):
         print0(f"{run}: finished already; --restart trains it anew")
         return
 
+    print0(f"begins with {init}")
     print_sizes(model, s.batch, s.micro_tokens)
     positives = known_positives(datasets)
     peak = measure_peak(device, model.dtype)
     head = {"base": base, "settings": asdict(s), "datasets": [data.name for data in datasets]}
-    log = RunLog(run, describe_machine() | head, done, tensorboard)
-    if not done:
-        log.write({"step": 0} | held_out(model, datasets, s, positives))
-    stopping = catch_signals()
+    log = RunLog(run, describe_machine() | head, done - (record is not None), tensorboard)
     model.train()
     began = time.perf_counter()
-    for step in range(done, s.steps):
-        start = time.perf_counter()
-        batch = make_batch(model, rows_of_step(datasets, s, step), s, positives)
-        record = train_step(model, optimizer, batch, s, step, teacher)
-        check_finite(record, run, datasets, s)
-        now = time.perf_counter()
-        tokens = sum(len(text.ids) for text in batch.tokens)
-        record |= speed(model, tokens / (now - start), flops_a_token(model, batch, s), peak)
-        seconds_a_step = (now - began) / (step + 1 - done)
-        record["seconds_left"] = round((s.steps - step - 1) * seconds_a_step)
-        last = step + 1 == s.steps
-        if last or (step + 1) % s.eval_every == 0:
-            record |= held_out(model, datasets, s, positives)
-        log.write(record)
-        (stop,) = all_reduce([len(stopping)], device)
-        if last or stop or (step + 1) % s.save_every == 0:
-            state = {"step": step + 1, "base": base, "settings": settings}
-            save_checkpoint(run, step + 1, model, optimizer, state)
-            if s.keep:
-                model.save_pretrained(run / f"kept_{step + 1:06d}", model.dtype)
-        if stop and not last:
-            print0(f"stopped after step {step + 1}; the same command goes on from here")
-            return
+    try:
+        with catch_signals():
+            for step in range(done, s.steps + 1):  # so many steps are whole
+                evaluate = step % s.eval_every == 0 or step == s.steps
+                if evaluate and record and "held_out_loss" not in record:
+                    record |= held_out(model, datasets, s, positives)
+                log.write(record)
+                if step > done and (step % s.save_every == 0 or step == s.steps):
+                    save(run, step, record, model, optimizer, base, settings)
+                if step == s.steps:
+                    break
+                record = timed_step(model, optimizer, datasets, s, step, positives, teacher, peak)
+                check_loss(record, run, datasets, s)
+                seconds_a_step = (time.perf_counter() - began) / (step + 1 - done)
+                record["seconds_left"] = round((s.steps - step - 1) * seconds_a_step)
+    except Stopped:
+        save(run, step, record, model, optimizer, base, settings)
+        leave_ranks()
+        raise Stopped(f"stopped after step {step}; the same command goes on from here") from None
     del model, parameters, optimizer, teacher
     if rank() == 0:
         export(run, s, datasets, device)
+    leave_ranks()
 
 
-def check_finite(record, run, datasets, s):
-    """Ends the run at a loss or gradient that is not finite, and names the rows of its step."""
-    if math.isfinite(record["loss"] + record["grad_norm"]):
-        return
-    sizes = [len(dataset.rows) for dataset in datasets]
-    places = schedule(sizes, s, record["step"] - 1)
-    rows = ", ".join(f"{datasets[d].name}[{i}]" for _, d, i in places)
-    message = f"not finite; rows {rows}; last checkpoint: {last_checkpoint(run)}"
-    raise InputError(f"{format_record(record)}: {message}")
+def content(init, teacher, datasets):
+    """What a run is made of, beside its settings: the same name may stand for another content."""
+    found = {f"rows of {data.name}": data.digest for data in datasets}
+    for part, name in (("init", init), ("teacher", teacher)):
+        if name:
+            found[part] = fingerprint(local_folder(resolve(name)))
+    return found
+
+
+def save(run, step, record, model, optimizer, base, settings):
+    state = {"step": step, "record": record, "base": base, "settings": settings}
+    save_checkpoint(run, step, model, optimizer, state)
+    if settings["keep"]:
+        model.save_pretrained(run / f"kept_{step:06d}", model.dtype)
+
+
+def timed_step(model, optimizer, datasets, s, step, positives, teacher, peak):
+    """A training step on its rows -> its log record, with speed."""
+    start = time.perf_counter()
+    batch = make_batch(model, rows_of_step(datasets, s, step), s, positives)
+    record = train_step(model, optimizer, batch, s, step, teacher)
+    tokens = sum(len(text.ids) for text in batch.tokens)
+    seconds = time.perf_counter() - start
+    return record | speed(tokens / seconds, flops_a_token(model, batch, s), peak)
 
 
 @torch.no_grad()
@@ -526,7 +525,7 @@ def held_out(model, datasets, s, positives):
         results.append([loss.item(), accuracy.item()])
     model.train()
     means = np.mean(results, axis=0) / world_size()
-    loss, accuracy = all_reduce(means.tolist(), model.device)
+    loss, accuracy = all_reduce(means.tolist())
     return {"held_out_loss": loss, "held_out_accuracy": accuracy}
 
 
@@ -537,21 +536,23 @@ def export(run, s, datasets, device):
     """
     model, base = build(run, replace(s, compile=False), device, sharded=False)
     model.eval()
-    try:
-        if s.lora_rank:
-            nvembed.save_adapter(model, run / "adapter", base)
-        model.save_pretrained(run, getattr(torch, s.export_dtype, None))
-    except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(f"{run}: trained, not exported: {error}") from error
+    export_dtype = getattr(torch, s.export_dtype, model.dtype)
+    model.dtype = torch.float32  # in fp32 only the rounding of the merged weights is left
     texts = []
     for dataset in datasets:
-        rows = dataset.held_out or dataset.rows
-        texts.extend(row["pos"][0] for row in rows[:16])
-    model.dtype = torch.float32  # in fp32 only the rounding of the merged weights is left
+        rows = dataset.held_out if len(dataset.held_out) else dataset.rows
+        texts.extend(rows[i]["pos"][0] for i in range(min(16, len(rows))))
+    adapted = model.encode(texts)
+    if not np.isfinite(adapted).all():
+        raise InputError(f"{run}: trained, not exported: its embeddings are not finite")
+    if s.lora_rank:
+        nvembed.save_adapter(model, run / "adapter", resolve(base))
+    model.save_pretrained(run, export_dtype)
     merged = NVEmbed.from_pretrained(run, device, torch.float32)
-    cosine = (model.encode(texts) * merged.encode(texts)).sum(axis=1)
+    cosine = (adapted * merged.encode(texts)).sum(axis=1).min()
+    (run / "finished").write_text(f"after step {s.steps}\n")
     saved = f"{run}: saved in {s.export_dtype}"
-    print(f"{saved}; cosine of merged against adapted: lowest {cosine.min():.6f}")
+    print(f"{saved}; cosine of merged against adapted: lowest {cosine:.6f}")
 
 
 # ---- the command
@@ -571,8 +572,7 @@ def read_settings(recipe, args):
         if name in types and value is not None:
             values[name] = value
     s = Settings(**values)
-    if s.lora_rank < 0:
-        raise InputError(f"lora_rank: expected 0 or more, got {s.lora_rank}")
+    check_ranges(asdict(s))
     if s.keep_zeros and s.lora_rank > 0:
         raise InputError(f"keep_zeros: expected lora_rank 0, got {s.lora_rank}: LoRA fills zeros")
     if s.micro_tokens < s.max_length:
@@ -582,8 +582,7 @@ def read_settings(recipe, args):
 
 
 def parse_flags():
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = Flags(__doc__)
     flag = parser.add_argument
     flag("--stage", type=int, choices=(1, 2, 3), default=1)
     flag("--recipe", default=str(ROOT / "data" / "local.json"))
@@ -604,15 +603,22 @@ def parse_flags():
 
 
 def initial_model(args, recipe):
-    """--init, or the recipe's base, or what the stage before left."""
+    """--init, or the recipe's base, or what the stage before left -> its name or whole path."""
     if args.init:
-        return args.init
-    if args.data or args.stage == 1:
-        return recipe["base"]
-    folder, command = BEFORE[args.stage]
-    if not Path(folder, "config.json").exists():
+        folder, command = args.init, "the command that made it"
+    elif args.data or args.stage == 1:
+        return absolute(recipe["base"])
+    else:
+        folder, command = BEFORE[args.stage]
+    is_run = not args.init or Path(folder, "latest").exists()
+    if is_run and not Path(folder, "config.json").exists():
         raise InputError(f"{folder}: no finished run; run {command} first")
-    return folder
+    return absolute(folder)
+
+
+def absolute(model):
+    """A folder's whole path, so that a run goes on from anywhere; other names as they are."""
+    return str(Path(model).resolve()) if model and Path(model).is_dir() else model
 
 
 def main():
@@ -626,7 +632,9 @@ def main():
         entries = [{"name": name, "file": args.data, "stages": [data_stage], "instruction": ""}]
     run = Path(args.out or Path("runs", name))
     init = initial_model(args, recipe)
-    teacher = args.teacher or ("runs/stage2" if s.distill else None)
+    if args.teacher and not s.distill:
+        raise InputError("--teacher: expected --distill above 0 with it")
+    teacher = absolute(args.teacher or ("runs/stage2" if s.distill else None))
     device = init_ranks()
     if s.keep and world_size() > 1:
         raise InputError(f"keep: expected one rank, got {world_size()}")
@@ -634,15 +642,8 @@ def main():
     check_batch(datasets, s.batch, world_size())
     for dataset in datasets:
         print0(dataset.summary())
-    if rank() == 0:
-        if args.restart and (run / "log.jsonl").exists():
-            shutil.rmtree(run, ignore_errors=True)
-        run.mkdir(parents=True, exist_ok=True)
-    all_reduce([0], device)  # wait for rank 0: the folder is there
-    train(run, init, datasets, s, device, teacher, args.tensorboard)
-    if world_size() > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    with run_folder(run, (init, teacher), args.restart):
+        train(run, init, datasets, s, device, teacher, args.tensorboard)
 
 
 if __name__ == "__main__":

@@ -125,8 +125,8 @@ def run_command(main):
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
-    except KeyboardInterrupt:
-        end("stopped: the same command goes on", 130)
+    except KeyboardInterrupt as error:
+        end(str(error) or "stopped; the same command goes on", 130)
     except InputError as error:
         end(f"error: {error}", 2)
     except (OSError, SafetensorError) as error:
@@ -145,6 +145,7 @@ def end(line, status):
 
 def say_after_torchrun(line):
     """Prints a line when torchrun has ended, below its long report of the ranks that failed."""
-    wait = f"while kill -0 {os.getppid()} 2>/dev/null; do sleep 0.1; done"
+    alive = f"ps -o stat= -p {os.getppid()} | grep -q '^[^Z]'"  # Z: ended, not yet waited for
+    wait = f"while {alive}; do sleep 0.1; done"
     say = 'printf "%s\\n" "$0" >&2'
     subprocess.Popen(["sh", "-c", f"{wait}; {say}", line], start_new_session=True)

@@ -1,82 +1,132 @@
-"""A training run from outside: its ranks, checkpoints and log.jsonl, and the machine it runs on.
+"""A training run from outside: its folder, its checkpoints and its log.
 
 RUN/step_N/     trained.safetensors, optimizer.safetensors, state.json
 RUN/latest      the name of the last whole checkpoint
 RUN/log.jsonl   first what the run is, then a line a step
+RUN/finished    written last, when the folder is a model
 """
 
+import contextlib
+import hashlib
 import json
 import math
 import os
-import platform
-import resource
+import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
+from collections import defaultdict
 from pathlib import Path
 
-import numpy as np
 import safetensors
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from data.commands import InputError, optional_package
-from data.files import ROOT
+from data.files import locked, read_json, renamed, share
 from data.folders import read_tensors
+from data.ranks import all_reduce, print0, rank, world_size
+from data.sampling import schedule
 
-# ---- ranks
+# ---- folder
 
-
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def print0(*args):
-    """Prints on rank 0."""
-    if rank() == 0:
-        print(*args, flush=True)
+WRITTEN = re.compile(  # what a run writes, all that --restart removes
+    r"finished|latest|log\.jsonl|adapter|README\.md|(step|kept)_\d{6,}"
+    r"|(config|modules|tokenizer|tokenizer_config|special_tokens_map)\.json"
+    r"|config_sentence_transformers\.json"
+    r"|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+)
 
 
-def all_reduce(values, device, op=dist.ReduceOp.SUM):
-    """list of numbers -> the list reduced over the ranks, the same on all of them."""
-    values = torch.tensor(values, dtype=torch.float64, device=device)
-    if world_size() > 1:
-        dist.all_reduce(values, op)
-    return values.tolist()
+@contextlib.contextmanager
+def run_folder(run, models, restart):
+    """Makes a run's folder and keeps it for this command alone; `models` are folders it reads.
+
+    Only what a run wrote is ever removed or written over: a folder with other content is refused.
+    """
+    with contextlib.ExitStack() as stack:
+        if rank() == 0:
+            run.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(run))
+            check_folder(run, models)
+            if restart:
+                remove_run(run)
+        all_reduce([0])  # wait for rank 0: the folder is there
+        yield
 
 
-def init_ranks():
-    """Joins torchrun's ranks, if there are several -> the device of this one."""
-    device = torch.device("cpu")
-    backend = "gloo"
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        backend = "nccl"
-        torch.cuda.set_device(device)
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    if ranks > 1 and not dist.is_initialized():
-        dist.init_process_group(backend)
-    return device
+def check_folder(run, models):
+    """Refuses a folder that is not empty and no run, or that one of the models is in."""
+    for model in filter(None, models):
+        if Path(model).exists() and Path(model).resolve().is_relative_to(run.resolve()):
+            raise InputError(f"--out {run}: expected another folder than that of model {model}")
+    content = [path.name for path in run.iterdir() if not path.name.startswith(".")]
+    if content and not is_run(run):
+        found = sorted(content)[0]
+        raise InputError(f"--out {run}: expected an empty folder or a run, found {found}")
 
 
-def catch_signals():
-    """SIGTERM and Ctrl-C end the run after the step it is in -> a list that they fill."""
-    received = []
+def is_run(folder):
+    """Whether a run has written its log there."""
+    path = folder / "log.jsonl"
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.readline().startswith(b'{"versions"')
 
-    def receive(number, frame):
-        received.append(number)
 
-    signal.signal(signal.SIGTERM, receive)
-    signal.signal(signal.SIGINT, receive)
-    return received
+def remove_run(run):
+    """Removes what a run wrote; `latest` and `finished` first, so that half of it is no run."""
+    written = [path for path in run.iterdir() if WRITTEN.fullmatch(path.name)]
+    for path in sorted(written, key=lambda path: path.name not in ("finished", "latest")):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def is_finished(run):
+    """Whether a run has ended and its folder is a model; version 1 left no file `finished`."""
+    return Path(run, "finished").exists()
+
+
+# ---- what a run is
+
+FREE = ("micro_tokens", "recompute", "compile", "save_every", "eval_every", "keep")
+
+
+def fingerprint(folder):
+    """What tells a model folder from another of the same name: its JSON files, samples of weights.
+
+    A renamed folder keeps it. All of a 7B's weights would take half a minute to hash.
+    """
+    content = hashlib.blake2b(digest_size=8)
+    for path in sorted(Path(folder).iterdir()):
+        if path.suffix == ".json":
+            content.update(path.name.encode() + path.read_bytes())
+        elif path.suffix == ".safetensors":
+            size = path.stat().st_size
+            content.update(f"{path.name} {size}".encode())
+            with path.open("rb") as file:
+                for part in range(64):
+                    file.seek(size * part // 64)
+                    content.update(file.read(4096))
+    return content.hexdigest()
+
+
+def check_same_run(run, before, now):
+    """Compares what a run was begun with and what it is asked to go on with, but for FREE."""
+    for name, value in now.items():
+        if name in FREE or before.get(name, value) == value:
+            continue
+        advice = "use the same, --restart or another --out"
+        if name == "content":  # hashes say nothing to a reader
+            keys = [*value, *before[name]]
+            changed = [key for key in keys if before[name].get(key) != value.get(key)]
+            raise InputError(f"{run}: was begun with other content: {changed[0]}; {advice}")
+        raise InputError(
+            f"{run}: was begun with {name} = {before[name]!r}, now {value!r}; {advice}"
+        )
 
 
 # ---- checkpoints
@@ -136,19 +186,44 @@ def optimizer_tensors(model, optimizer):
 
 def save_checkpoint(run, step, model, optimizer, state):
     """Rank 0 writes the trained weights, AdamW's state and `state` (JSON) to RUN/step_N."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # after a forward pass alone the outermost is whole
     parts = {"trained": trained(model), "optimizer": optimizer_tensors(model, optimizer)}
     for tensors in parts.values():
         for name, tensor in tensors.items():
             tensor = whole(tensor).detach()
             tensors[name] = tensor.cpu() if rank() == 0 else None
     if rank() == 0:
+        check_finite_weights(run, step, parts["trained"])
         write_checkpoint(run, step, parts, state)
+
+
+def check_finite_weights(run, step, tensors):
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            message = f"not finite after step {step}; last good checkpoint: {last_checkpoint(run)}"
+            raise InputError(f"{run}: weight '{name}': {message}")
 
 
 def load_checkpoint(folder, model, optimizer):
     """Restores what `save_checkpoint` wrote."""
     load_tensors(trained(model), folder / "trained.safetensors")
     load_tensors(optimizer_tensors(model, optimizer), folder / "optimizer.safetensors")
+
+
+def resume(run, settings, model, optimizer):
+    """Restores a run's last checkpoint, if it has one -> its state: "step" and "record".
+
+    The record is the last step's, to be logged again; None in a checkpoint of an earlier version.
+    """
+    if not (run / "latest").exists():
+        return {"step": 0, "record": {"step": 0}}
+    folder = checkpoint(run)
+    state = read_json(folder / "state.json")
+    check_same_run(run, state["settings"], settings)
+    load_checkpoint(folder, model, optimizer)
+    return {"record": None} | state
 
 
 def write_checkpoint(run, step, tensors, state):
@@ -164,6 +239,7 @@ def write_checkpoint(run, step, tensors, state):
         temporary.mkdir()
         for name, found in tensors.items():
             save_file(found, temporary / f"{name}.safetensors")
+            share(temporary / f"{name}.safetensors")
         (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n")
         flush(*temporary.iterdir(), temporary)
         shutil.rmtree(folder, ignore_errors=True)
@@ -176,8 +252,9 @@ def write_checkpoint(run, step, tensors, state):
         shutil.rmtree(temporary, ignore_errors=True)
         message = f"not saved: {error}; last good checkpoint: {last_checkpoint(run)}"
         raise InputError(f"{temporary}: {message}") from error
-    for old in run.glob("step_*"):
-        if old != folder:
+    for old in run.iterdir():
+        ours = re.fullmatch(r"step_\d{6,}", old.name) and (old / "state.json").exists()
+        if ours and old != folder:
             shutil.rmtree(old)
 
 
@@ -192,6 +269,20 @@ def flush(*paths):
 # ---- log
 
 
+def check_loss(record, run, datasets, s):
+    """Ends the run at a loss or gradient that is not finite, and names the rows of its step."""
+    if math.isfinite(record["loss"] + record["grad_norm"]):
+        return
+    lines = defaultdict(list)
+    places = schedule([len(dataset.rows) for dataset in datasets], s, record["step"] - 1)
+    for _, dataset, i in places:
+        file, _, line = datasets[dataset].rows.where(i).rpartition(":")
+        lines[file].append(line)
+    rows = "; ".join(f"{file} lines {', '.join(numbers)}" for file, numbers in lines.items())
+    message = f"not finite; rows: {rows}; last checkpoint: {last_checkpoint(run)}"
+    raise InputError(f"{format_record(record)}: {message}")
+
+
 class RunLog:
     """A run's figures, a record a step: in log.jsonl, on the screen, in tensorboard if asked for.
 
@@ -199,9 +290,9 @@ class RunLog:
     """
 
     def __init__(self, run, head, step, tensorboard=None):
-        """`head` says what the run is, `step` how many steps are done, `tensorboard` is a folder.
+        """`head` says what the run is, `tensorboard` is a folder.
 
-        A resumed run drops the lines that its checkpoint does not have, and what a kill left half.
+        A resumed run keeps its lines up to `step`; not what came later, nor what a kill left half.
         """
         self.file = None
         self.board = None
@@ -209,12 +300,13 @@ class RunLog:
             return
         path = run / "log.jsonl"
         lines = [json.dumps(head)]
-        if step and path.exists():
+        if step >= 0 and path.exists():
             first, *rest = path.read_text().splitlines()
             done = tuple(f'{{"step": {n},' for n in range(step + 1))
             kept = [line for line in rest if line.startswith(done) and line.endswith("}")]
             lines = [first, *kept]
-        path.write_text("\n".join(lines) + "\n")
+        with renamed(path) as temporary:
+            temporary.write_text("\n".join(lines) + "\n")
         self.file = path.open("a", buffering=1)
         if tensorboard is not None:
             optional_package("tensorboard", "--tensorboard")
@@ -223,7 +315,7 @@ class RunLog:
             self.board = SummaryWriter(tensorboard)
 
     def write(self, record):
-        if self.file is None:
+        if self.file is None or record is None:
             return
         self.file.write(json.dumps(record) + "\n")
         print(format_record(record), flush=True)
@@ -247,56 +339,3 @@ def print_sizes(model, batch, micro_tokens):
     ranks = "1 rank" if world_size() == 1 else f"{world_size()} ranks"
     rows = f"global batch {batch} = {ranks} x {batch // world_size()} rows"
     print0(f"{rows}, micro-batches of at most {micro_tokens} tokens")
-
-
-# ---- machine
-
-
-def describe_machine():
-    """Versions, hardware and commit, for the head of a log."""
-    git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    device = platform.processor() or platform.machine()
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-    }
-    hardware = {"device": device, "threads": torch.get_num_threads(), "ranks": world_size()}
-    return {"versions": versions, "hardware": hardware, "commit": commit or "unknown"}
-
-
-def measure_peak(device, dtype):
-    """FLOP/s of a large matrix product, the yardstick of share_of_peak."""
-    speed = product_speed(256, device, dtype)
-    if speed < 1e9:  # a CPU that emulates bf16: a large product would take minutes
-        return speed
-    return product_speed(2048, device, dtype)
-
-
-def product_speed(width, device, dtype):
-    """FLOP/s of the best of four products of square matrices."""
-    x = torch.ones(width, width, device=device, dtype=dtype)
-    best = math.inf
-    for _ in range(4):
-        start = time.perf_counter()
-        (x @ x)[0, 0].item()
-        best = min(best, time.perf_counter() - start)
-    return 2 * width**3 / best
-
-
-def speed(model, tokens_per_s, flops_a_token, peak):
-    """Figures of a step over all ranks, from those of this one; `peak` is in FLOP/s a rank."""
-    (rate,) = all_reduce([tokens_per_s], model.device)
-    share = flops_a_token * rate / peak / world_size()
-    return {"tokens_per_s": rate, "share_of_peak": share, "memory_gib": peak_memory_gib()}
-
-
-def peak_memory_gib():
-    """The most memory this process has held: of the GPU if there is one, else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -92,5 +92,5 @@ def stopped(recipe, tmp_path_factory):
 @pytest.fixture
 def unexported(whole, tmp_path):
     """A run whose last checkpoint is written, and not yet the finished model."""
-    ignored = shutil.ignore_patterns("adapter", "config.json")
+    ignored = shutil.ignore_patterns("adapter", "config.json", "finished")
     return shutil.copytree(whole, tmp_path / "run", ignore=ignored)

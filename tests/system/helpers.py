@@ -181,8 +181,8 @@ def stopped_run(recipe, run, step, *flags):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunLog, "write", signalled)
         code, out, err = command(recipe, "--out", run, *flags)
-    assert code == 0, err
-    assert f"stopped after step {step}" in out
+    assert code == 130, err
+    assert err.splitlines()[-1].startswith(f"stopped after step {step}; the same command goes on")
     assert checkpoint(run).name == f"step_{step:06d}"
     assert not (run / "config.json").exists()
     return run

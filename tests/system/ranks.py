@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from torch import distributed as dist
 
 import train
-from data.runs import all_reduce, init_ranks, load_tensors, rank, trained, whole, world_size
+from data.ranks import all_reduce, init_ranks, rank, world_size
+from data.runs import load_tensors, trained, whole
 from data.sampling import Dataset, known_positives
 
 
@@ -55,7 +56,7 @@ def write_gradients(folder, job):
     model.register_forward_hook(lambda *_: calls.append(1))
     loss, accuracy = train.backward(model, batch, s, key, job["cached"])
     tensors = {name: whole(p.grad) for name, p in trained(model).items()}
-    sums = all_reduce([loss.item(), accuracy.item()], model.device)
+    sums = all_reduce([loss.item(), accuracy.item()])
     tensors["loss"] = torch.tensor(sums, dtype=torch.float64) / world_size()
     tensors["forwards"] = torch.tensor(len(calls))
     if rank() == 0:

@@ -129,19 +129,14 @@ def test_finished_runs_and_changed_settings(recipe, whole, tmp_path):
     assert [line["step"] for line in log(run)] == [0, 1]
 
 
-def test_a_run_does_not_go_on_from_another_base(recipe, base, stopped, tmp_path):
-    run = shutil.copytree(stopped, tmp_path / "run")
-    other = shutil.copytree(base, tmp_path / "other")
-    assert str(other) in told(command(recipe, "--out", run, "--init", other))
-
-
 def test_a_checkpoint_of_version_1_goes_on(recipe, whole, stopped, tmp_path):
     """Its state.json names settings that are gone and lacks those that are new."""
     run = shutil.copytree(stopped, tmp_path / "run")
     path = checkpoint(run) / "state.json"
     state = json.loads(path.read_text())
-    for name in ("keep_zeros", "teacher"):
+    for name in ("keep_zeros", "content"):
         del state["settings"][name]
+    del state["record"]
     state["settings"] |= {"short": "pad", "prune": "none", "quantize": "none", "drop_blocks": 0}
     path.write_text(json.dumps(state))
     code, _, err = command(recipe, "--out", run)

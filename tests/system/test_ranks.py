@@ -150,10 +150,13 @@ def test_curves_on_one_and_two_ranks(recipe, tmp_path):
     assert (runs[0.0, 2] / "adapter").exists()
 
 
-def test_resume_on_two_ranks(recipe, tmp_path):
+@pytest.mark.parametrize("kind", ("lora", "full"))
+def test_resume_on_two_ranks(recipe, tmp_path, kind):
     """10 = 5 + 5, bit for bit, after SIGTERM to every rank; on one rank as near as curves are."""
     unbroken, again, alone = [tmp_path / name for name in ("unbroken", "again", "alone")]
     program = (ROOT / "train.py", "--recipe", recipe, "--save-every", 1)
+    if kind == "full":  # an evaluation leaves the outermost weights whole on every rank
+        program += ("--lora-rank", 0, "--eval-every", 1, "--lr", 1e-3)
     assert torchrun(2, *program, "--out", unbroken)[1] == 0
     process = torchrun(2, *program, "--out", again, wait=False)
     while not (again / "latest").exists() and process.poll() is None:

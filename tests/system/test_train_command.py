@@ -206,7 +206,16 @@ def test_nan_stops_with_rows_and_checkpoint(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "batch_loss", broken)
     run = tmp_path / "run"
     line = told(command(recipe, "--out", run))
-    rows = ", ".join(f"rows[{i}]" for _, _, i in sampling.schedule([36], settings(), 3))
+    entry = {
+        "name": "rows",
+        "file": str(recipe.parent / "rows.jsonl"),
+        "instruction": "",
+        "stages": [1],
+    }
+    (data,) = sampling.read_datasets([entry], 1, settings())
+    places = sampling.schedule([36], settings(), 3)
+    numbers = [data.rows.where(i).rpartition(":")[2] for _, _, i in places]
+    rows = f"rows: {entry['file']} lines {', '.join(numbers)}"
     assert "step 4 " in line
     assert "not finite" in line
     assert rows in line
@@ -223,8 +232,17 @@ BAD_FLAGS = [
     (["--batching", "odd"], "batching: expected blended or task"),
     (["--batching", "task", "--batch", 37], "batch: expected at most 36"),
     (["--batch", 37], "batch: expected at most 36"),
-    (["--batch", 0], "batch: expected"),
-    (["--lora-rank", -1], "lora_rank: expected"),
+    (["--batch", 0], "--batch: expected a number in [1, inf), got 0"),
+    (["--lora-rank", -1], "--lora-rank: expected a number in [0, inf), got -1"),
+    (["--negatives", -1], "--negatives: expected a number in [0, inf), got -1"),
+    (["--lora-dropout", 1], "--lora-dropout: expected a number in [0, 1), got 1.0"),
+    (["--lr", "nan"], "--lr: expected a number in [0, inf), got nan"),
+    (["--steps", 0], "--steps: expected a number in [1, inf), got 0"),
+    (["--save-every", 0], "--save-every: expected a number in [1, inf), got 0"),
+    (["--temperature", -1], "--temperature: expected a number in (0, inf), got -1.0"),
+    (["--clip", 0], "--clip: expected a number in (0, inf], got 0.0"),
+    (["--warmup", -5], "--warmup: expected a number in [0, inf), got -5"),
+    (["--teacher", "no/such"], "--teacher: expected --distill above 0"),
     (["--keep-zeros"], "keep_zeros: expected lora_rank 0, got 4"),
     (["--tensorboard", "board"], "expected the package tensorboard"),
     (["--dtype", "int7"], "dtype: expected one of"),
@@ -251,9 +269,7 @@ BAD_ARGUMENTS = (
 
 @pytest.mark.parametrize(("flags", "message"), BAD_ARGUMENTS)
 def test_bad_arguments(recipe, tmp_path, flags, message):
-    code, _, err = command(recipe, "--out", tmp_path / "run", *flags)
-    assert code == 2
-    assert message in err.splitlines()[-1]
+    assert message in told(command(recipe, "--out", tmp_path / "run", *flags))
     assert not (tmp_path / "run").exists()
 
 
@@ -278,6 +294,8 @@ BAD_SETTINGS = [
     ("steps", 3.5, "stages.1.steps: expected int, got 3.5"),
     ("in_batch", 1, "stages.1.in_batch: expected bool, got 1"),
     ("steps", True, "stages.1.steps: expected int, got True"),
+    ("steps", 0, "stages.1.steps: expected a number in [1, inf), got 0"),
+    ("temperature", -1, "stages.1.temperature: expected a number in (0, inf), got -1"),
 ]
 
 

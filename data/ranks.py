@@ -1,0 +1,106 @@
+"""The ranks of a run: who is there, what they agree on, and how they stop together."""
+
+import contextlib
+import hashlib
+import json
+import os
+import signal
+
+import torch
+import torch.distributed as dist
+
+from data.commands import InputError
+
+CPU = torch.device("cpu")
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def print0(*args):
+    """Prints on rank 0."""
+    if rank() == 0:
+        print(*args, flush=True)
+
+
+def all_reduce(values, op=dist.ReduceOp.SUM):
+    """list of numbers -> the list reduced over the ranks, the same on all of them.
+
+    It goes over the CPUs, so it does not wait for a GPU's work.
+    """
+    values = torch.tensor(values, dtype=torch.float64)
+    if world_size() > 1:
+        dist.all_reduce(values, op)
+    return values.tolist()
+
+
+def init_ranks():
+    """Joins torchrun's ranks, if there are several -> the device of this one."""
+    device = CPU
+    backend = "gloo"
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        backend = "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(device)
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if ranks > 1 and not dist.is_initialized():
+        dist.init_process_group(backend)
+    return device
+
+
+def leave_ranks():
+    if world_size() > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def check_agreement(facts):
+    """Refuses to train where a rank has other settings or rows than rank 0; `facts` is JSON."""
+    content = json.dumps(facts, sort_keys=True).encode()
+    digest = hashlib.blake2b(content, digest_size=6).digest()  # 48 bits are exact in fp64
+    digests = [0] * world_size()
+    digests[rank()] = int.from_bytes(digest, "little")
+    digests = all_reduce(digests)
+    for number, digest in enumerate(digests):
+        if digest != digests[0]:
+            raise InputError(f"rank {number}: other rows, settings or model than on rank 0")
+
+
+# ---- signals
+
+PARENT = os.getppid()
+received = []  # numbers of the signals that have come since `catch_signals`
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal has reached one of the ranks: all of them end between two micro-batches."""
+
+
+@contextlib.contextmanager
+def catch_signals():
+    """SIGTERM and Ctrl-C wait for the next `check_stop`; afterwards they end the process again."""
+
+    def receive(number, frame):
+        received.append(number)
+
+    received.clear()
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, receive) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def check_stop():
+    """Raises Stopped on every rank if one of them received a signal, or lost its torchrun."""
+    orphaned = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != PARENT
+    (stop,) = all_reduce([len(received) + orphaned])
+    if stop:
+        raise Stopped
