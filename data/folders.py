@@ -404,12 +404,13 @@ def stated_length(folder, text):
 def added_tokens(folder):
     """Ids of the tokens that a folder's tokenizer puts before and after a text, None for none.
 
-    By transformers' rule: the flags of tokenizer_config.json, or else tokenizer.json's.
+    By tokenizer.json's post-processor, as in transformers 5; where it has none, by the flags of
+    tokenizer_config.json.
     """
     settings = read_json(Path(folder, "tokenizer_config.json"))
-    read_json(Path(folder, "tokenizer.json"))  # an error of the next line does not name the file
+    added = read_json(Path(folder, "tokenizer.json")).get("post_processor")
     tokenizer = Tokenizer.from_file(str(Path(folder, "tokenizer.json")))
-    if "add_bos_token" in settings or "add_eos_token" in settings:
+    if added is None:
         return tuple(flagged_token(tokenizer, settings, kind) for kind in ("bos", "eos"))
     tokenizer.no_padding()
     encoding = tokenizer.encode("a")
