@@ -4,6 +4,8 @@ A folder is a Mistral / Llama / Qwen2 base, NV-Embed-v1 / v2, a model saved by t
 PEFT adapter. What would be computed otherwise than by its authors' code is refused.
 """
 
+import functools
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -68,6 +70,18 @@ def model_files(folder):
     if is_adapter(folder):
         files += model_files(local_folder(adapter_base(folder)))
     return files
+
+
+def content_hash(folder):
+    """What a model is, in 16 digits: the names and the bytes of its files."""
+    digests = []
+    for path in model_files(folder):
+        digest = hashlib.sha256()
+        with open(path, "rb") as file:
+            for block in iter(functools.partial(file.read, 2**20), b""):
+                digest.update(block)
+        digests.append((path.name, digest.hexdigest()))
+    return hashlib.sha256(str(digests).encode()).hexdigest()[:16]
 
 
 # ---- weights
@@ -554,6 +568,17 @@ def adapter_base(folder):
     if is_adapter(base):
         raise InputError(f"{where}: expected a whole model, got the adapter '{base}'")
     return base
+
+
+def check_pooling(folder):
+    """Refuses an adapter where neither it nor its base pools: a fresh layer would pool for it."""
+    if not is_adapter(folder):
+        return
+    base = adapter_base(folder)
+    stated = pooling_fields(folder, base) | config_fields(base, {"pooling"})
+    if "pooling" not in stated and "text_config" not in read_json(base / "config.json"):
+        message = "expected an adapter that says how to pool, or whose base does"
+        raise InputError(f"model '{folder}': {message}: the layer would be an untrained one")
 
 
 def adapter_settings(folder):
