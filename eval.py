@@ -9,10 +9,8 @@ belongs to the content of the model's files and of the task's data, so a model t
 again has none yet; after a change of the code use --overwrite.
 """
 
-import argparse
 import datetime
 import functools
-import hashlib
 import os
 from pathlib import Path
 
@@ -27,9 +25,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data.base import resolve
-from data.commands import InputError, one_line, run_command
+from data.commands import Flags, InputError, one_line, run_command
 from data.files import ROOT, read_json
-from data.folders import is_sentence_transformer, local_folder
+from data.folders import check_pooling, content_hash, is_sentence_transformer, local_folder
 from data.tasks import PERTURBED, find_tasks, instruction, score_task
 from nvembed import POOLINGS, NVEmbed, fast_dtype
 
@@ -68,6 +66,8 @@ class Encoder(AbsEncoder):
             expected = f"expected {path}, then none or some of {known}"
             raise InputError(f"--model {spec}: {expected}")
         self.settings = dict(SETTINGS[word] for word in words)
+        if "pooling" not in self.settings:
+            check_pooling(self.folder)
 
         # what a result depends on beside the model's files: a part of where mteb stores it
         experiment = {"limit": limit, "perturb": perturb}
@@ -158,16 +158,6 @@ def split_spec(spec):
     return path, words
 
 
-def content_hash(folder):
-    """Hash of what a model is: configs, tokenizer, weights; not a run's checkpoints and logs."""
-    digests = []
-    for path in sorted(folder.iterdir()):
-        if path.suffix in (".json", ".safetensors"):
-            digest = hashlib.sha256(np.memmap(path, mode="r")).hexdigest()
-            digests.append((path.name, digest))
-    return hashlib.sha256(str(digests).encode()).hexdigest()[:16]
-
-
 def load(spec, args):
     """A model's name -> an Encoder, or mteb's own BM25."""
     if spec != "bm25":
@@ -256,8 +246,7 @@ def markdown(rows):
 
 def flags(description=None):
     """A parser with the flags of an evaluation, but for its models."""
-    form = argparse.RawTextHelpFormatter
-    parser = argparse.ArgumentParser(description=description, formatter_class=form)
+    parser = Flags(description)
     flag = parser.add_argument
     flag("--task", default="all", help="all (default), a task type or the name of a task")
     flag("--suite", default="local", help="local (default), an mteb benchmark, AIR-Bench's folder")

@@ -15,33 +15,27 @@ The paper's r is R here, and F.linear and the like are torch.nn.functional's. Ma
 use. Modules and parameters have the names of the released weights.
 """
 
-import argparse
 import functools
 import itertools
 import math
-import re
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import safetensors.torch
 import torch
 import torch.nn.functional as F
-from huggingface_hub import save_torch_state_dict
 from torch import nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data.commands import InputError, one_line, run_command
-from data.files import ROOT, check_types, read_json, write_json
-from data.folders import adapter_config, adapter_settings, check_shape, check_weights, config_fields
-from data.folders import is_adapter, local_folder, read_adapter, read_tokenizer
-from data.folders import read_weights, released_files
+from data import folders
+from data.commands import Flags, InputError, check_ranges, one_line, run_command
+from data.files import ROOT, check_types, read_json
 from data.quantize import check_plain, quantize_weights
+from data.texts import ahead, characters_read, check_length, check_texts, encode_beginnings
+from data.texts import eval_mode, parts
 
 
 POOLINGS = ("latent", "mean", "eos", "self")  # compared in the paper, section 5.2.3
@@ -70,7 +64,9 @@ class Config:
     causal: bool = False  # the paper removes the causal mask (section 3.1)
     pooling: str = "latent"
     mask_instruction: bool = True  # an instruction is attended to but not pooled (section 4)
+    add_eos: bool = True  # False: the tokenizer of a sentence-transformers folder adds none
     keep_eos: bool | None = None  # truncation keeps the eos; default: only where it is pooled
+    max_seq_length: int | None = None  # of a text unless `encode` is told another; default 512
     num_latents: int = 512  # R
     num_cross_heads: int = 8  # C
     cross_dim_head: int | None = None  # E, default D
@@ -84,7 +80,9 @@ class Config:
         if self.cross_dim_head is None:
             self.cross_dim_head = self.hidden_size
         if self.keep_eos is None:
-            self.keep_eos = self.pooling == "eos"
+            self.keep_eos = self.pooling == "eos" and self.add_eos
+        if self.max_seq_length is None:
+            self.max_seq_length = min(512, self.max_position_embeddings)
 
 
 # ---- text to tokens
@@ -102,7 +100,7 @@ def query_prefix(instruction):
     return f"Instruct: {instruction}\nQuery: " if instruction else ""
 
 
-def tokenize(tokenizer, c, texts, instruction="", max_length=512):
+def tokenize(tokenizer, c, texts, instruction="", max_length=None):
     """list of str -> list of Tokens, at most max_length ids each; bos and eos are placed here.
 
     `instruction` is the bare task, one for all texts or a list with one for each. It is attended to
@@ -115,7 +113,9 @@ def tokenize(tokenizer, c, texts, instruction="", max_length=512):
     Documents have no instruction and are pooled whole, bos and eos too. A text that is too long
     loses its end and, as released, its eos with it, unless c.keep_eos.
     """
-    prefixes = [query_prefix(task) for task in one_each(instruction, texts)]
+    texts, tasks = check_texts(texts, instruction)
+    max_length = check_length(max_length, c)
+    prefixes = [query_prefix(task) for task in tasks]
     if any(prefix.startswith("Instruct: Instruct:") for prefix in prefixes):
         raise InputError("instruction: expected the bare task; 'Instruct: ' is added here")
     whole = [prefix + text for prefix, text in zip(prefixes, texts, strict=True)]
@@ -123,10 +123,11 @@ def tokenize(tokenizer, c, texts, instruction="", max_length=512):
     if not any(prefixes):
         encode_batch = tokenizer.encode_batch_fast  # offsets are needed for prefixes only
     bos = [] if c.bos_token_id is None else [c.bos_token_id]
+    eos = [c.eos_token_id] if c.add_eos else []
     tokens = []
     encodings = encode_beginnings(encode_batch, whole, max_length)
     for prefix, encoding in zip(prefixes, encodings, strict=True):
-        ids = bos + encoding.ids + [c.eos_token_id]
+        ids = bos + encoding.ids + eos
         if len(ids) > max_length:
             ids = ids[:max_length]
             if c.keep_eos:
@@ -136,39 +137,10 @@ def tokenize(tokenizer, c, texts, instruction="", max_length=512):
             space = len(prefix) - 1
             not_pooled = len(bos) + sum(start < space for start, _ in encoding.offsets)
         if not_pooled >= len(ids):
-            expected = f"expected over {not_pooled} (instruction)"
-            raise InputError(f"max_length: {expected}, got {max_length}")
+            expected = f"expected more ids than the instruction's {not_pooled}"
+            raise InputError(f"max_length {max_length}: {expected}, got {len(ids)}")
         tokens.append(Tokens(ids, not_pooled))
     return tokens
-
-
-def one_each(instruction, texts):
-    """One instruction for all texts, or a list with one for each -> the list."""
-    return [instruction] * len(texts) if isinstance(instruction, str) else instruction
-
-
-BETWEEN_WORDS = re.compile(r"(?<=\w) (?=\w)")  # no token reaches across such a space
-
-
-def encode_beginnings(encode_batch, texts, count):
-    """Encodings of texts of which only the first `count` ids will be used.
-
-    A tokenizer reads a text to its end, however long. So we cut a long one after 8 characters for
-    each id, between two words, and read the whole of it only if that turns out to be too little.
-    """
-    starts, cut = [], []
-    for i, text in enumerate(texts):
-        if len(text) > 8 * count:
-            space = BETWEEN_WORDS.search(text, 8 * count)
-            if space:
-                text = text[: space.start()]
-                cut.append(i)
-        starts.append(text)
-    encodings = encode_batch(starts, add_special_tokens=False)
-    for i in cut:
-        if len(encodings[i].ids) < count:
-            encodings[i] = encode_batch([texts[i]], add_special_tokens=False)[0]
-    return encodings
 
 
 def pack(tokens, batch_tokens):
@@ -590,8 +562,6 @@ def pool(hidden, tokens, pooling):
 
 # ---- the embedder
 
-CHUNK = 8192  # texts whose tokens `encode` holds in memory
-
 
 class NVEmbed(nn.Module):
     """Decoder, pooling and tokenizer. Weights may be fp32 while it computes in `dtype`."""
@@ -625,45 +595,41 @@ class NVEmbed(nn.Module):
         hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         return F.normalize(pool(hidden, tokens, self.config.pooling), dim=-1)
 
-    def tokenize(self, texts, instruction="", max_length=512):
+    def tokenize(self, texts, instruction="", max_length=None):
         """The function `tokenize` with this model's tokenizer and config."""
         return tokenize(self.tokenizer, self.config, texts, instruction, max_length)
 
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.tokenizer.encode_special_tokens = True  # a copied or unpickled one forgets it
+
     @torch.no_grad()
-    def encode(self, texts, instruction="", max_length=512, batch_tokens=None, progress=False):
+    def encode(self, texts, instruction="", max_length=None, batch_tokens=None, progress=False):
         """Embeds B texts -> np.ndarray (B, D), fp32, unit rows, in the order of the texts.
 
         `instruction` and max_length as in `tokenize`. A batch has batch_tokens tokens, by default
         16,384 on GPUs and 2,048 on CPUs, whose caches it suits, or those of the longest text.
-        Beside the result, memory holds the tokens of CHUNK texts; a thread makes the next ones.
+        Beside the result, memory holds the tokens of a CHUNK; a thread makes the next ones.
         """
-        if isinstance(texts, str):
-            raise InputError("texts: expected a list of str, got a str")
-        instructions = one_each(instruction, texts)
+        texts, tasks = check_texts(texts, instruction)
+        max_length = check_length(max_length, self.config)
         embeddings = np.empty((len(texts), self.config.hidden_size), dtype=np.float32)
         default_batch = 2048 if self.device.type == "cpu" else 16384
+        chunks = parts(texts, characters_read(max_length))
 
-        def tokens_from(start):
-            part = slice(start, start + CHUNK)
-            return self.tokenize(texts[part], instructions[part], max_length)
+        def tokens_of(chunk):
+            return self.tokenize(texts[chunk], tasks[chunk], max_length)
 
-        training = self.training
-        self.eval()
         bar = tqdm(total=len(texts), disable=not progress, unit="text")
-        try:
+        with eval_mode(self), bar:
             folded = self.inference_fold()
-            with bar, ThreadPoolExecutor(1) as thread:
-                pending = thread.submit(tokens_from, 0)
-                for start in range(0, len(texts), CHUNK):
-                    tokens = pending.result()
-                    pending = thread.submit(tokens_from, start + CHUNK)
-                    longest = max(len(text.ids) for text in tokens)
-                    chunk = embeddings[start : start + CHUNK]
-                    for batch in pack(tokens, batch_tokens or max(longest, default_batch)):
-                        chunk[batch] = self([tokens[i] for i in batch], folded).cpu()
-                        bar.update(len(batch))
-        finally:
-            self.train(training)
+            for chunk, tokens in zip(chunks, ahead(tokens_of, chunks), strict=True):
+                longest = max(len(text.ids) for text in tokens)
+                limit = max(longest, default_batch) if batch_tokens is None else batch_tokens
+                for batch in pack(tokens, limit):
+                    embedded = self([tokens[i] for i in batch], folded)
+                    embeddings[chunk][batch] = embedded.cpu()
+                    bar.update(len(batch))
         return embeddings
 
     def inference_fold(self):
@@ -671,20 +637,20 @@ class NVEmbed(nn.Module):
 
         A frozen layer, as `from_pretrained` returns it, keeps its fold from one call to the next
         until a weight is replaced, or changed in place, which its version counter tells. Fused
-        optimizers do not count their changes: a layer that requires gradients keeps nothing, and
-        `forward` without a fold, as in a training step, drops what is kept.
+        optimizers do not count their changes: a layer that requires gradients keeps nothing, nor
+        does one loaded in inference mode, and `forward` without a fold, as in a training step,
+        drops what is kept.
         """
         if self.config.pooling != "latent":
             return None
         layer = self.latent_attention_model
         weights = [layer.latents, *layer.cross_attend_blocks[0].parameters()]
+        if any(weight.requires_grad or weight.is_inference() for weight in weights):
+            return [matrix.to(self.dtype) for matrix in layer.fold(torch.float32)]
         state = (self.dtype, self.device, [weight._version for weight in weights])
-        frozen = not any(weight.requires_grad for weight in weights)
         kept_state, kept, folded = self.kept_fold
-        same = state == kept_state and all(map(torch.Tensor.is_set_to, weights, kept))
-        if not frozen or not same:
+        if state != kept_state or not all(map(torch.Tensor.is_set_to, weights, kept)):
             folded = [matrix.to(self.dtype) for matrix in layer.fold(torch.float32)]
-        if frozen:
             self.kept_fold = (state, [weight.detach() for weight in weights], folded)
         return folded
 
@@ -714,22 +680,20 @@ class NVEmbed(nn.Module):
         but for two rules. A base has no latent layer: it is fresh. A base's LM head is dropped, and
         a latent layer that the wanted pooling does not use. What is fresh or dropped is printed.
         """
-        folder = local_folder(path)
-        if is_adapter(folder):
-            base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        folder, dtype = folders.local_folder(path), folders.torch_dtype(dtype)
+        if folders.is_adapter(folder):
+            base = folders.adapter_base(folder)
+            settings = folders.pooling_fields(folder, base) | settings
             model = cls.from_pretrained(base, device, dtype, quantize, **settings)
             return load_adapter(model, folder).requires_grad_(False)
         config = read_config(folder, **settings)
         with torch.device("meta"):
-            model = cls(config, read_tokenizer(folder, config), dtype)
-        state = read_weights(folder, device, dtype)
-        fresh, dropped = check_weights(state, model.state_dict(), folder)
+            model = cls(config, folders.read_tokenizer(folder, config), dtype)
+        state = folders.read_weights(folder, device, dtype)
+        fresh = folders.check_weights(state, model.state_dict(), folder)
         model.load_state_dict(state, strict=False, assign=True)  # checked: fresh or dropped by rule
         if fresh:
             model.latent_attention_model = fresh_pooling(config, device, dtype)
-        if fresh or dropped:
-            found = f"fresh: {fresh[:1] or 'none'}; dropped: {dropped[:1] or 'none'}"
-            print(f"{folder}: {found}", file=sys.stderr)
         model = model.eval().requires_grad_(False)
         return quantize_weights(model, quantize, PROJECTIONS) if quantize else model
 
@@ -741,9 +705,7 @@ class NVEmbed(nn.Module):
         "nvembed-x", which that code refuses. dtype None: the dtype that it computes in.
         """
         check_plain(self)
-        path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
-        dtype = dtype or self.dtype
+        dtype = folders.torch_dtype(dtype or self.dtype)
         adapted = lora_layers(self)
         state = {}
         for name, tensor in self.state_dict().items():
@@ -752,12 +714,7 @@ class NVEmbed(nn.Module):
             layer = adapted.get(name.removesuffix(".weight"))
             weight = tensor if layer is None else layer.merged()
             state[name] = weight.to("cpu", dtype).contiguous()
-        save_torch_state_dict(state, str(path), max_shard_size="5GB")
-        self.tokenizer.save(str(path / "tokenizer.json"))
-        dtype_name = str(dtype).removeprefix("torch.")
-        files = released_files(asdict(self.config), self.tokenizer, path, dtype_name)
-        for name, content in files.items():  # config.json last: with it the folder is whole
-            write_json(path / name, content)
+        folders.write_model(path, state, asdict(self.config), self.tokenizer)
 
 
 def fast_dtype(device="cpu"):
@@ -777,6 +734,9 @@ def lora_layers(model):
 
 def add_lora(model, r=16, alpha=32, dropout=0.1, targets=PROJECTIONS):
     """Adapts the projections named in `targets`. r and alpha: the paper's; the rest is assumed."""
+    check_ranges({"r": r, "lora_alpha": alpha, "lora_dropout": dropout}, "add_lora: ")
+    if not targets or not set(targets) <= set(PROJECTIONS):
+        raise InputError(f"add_lora: targets: expected some of {PROJECTIONS}, got {targets}")
     if lora_layers(model):
         raise InputError("add_lora: there is an adapter already: save_pretrained merges it")
     for block in model.embedding_model.layers:
@@ -789,34 +749,21 @@ def add_lora(model, r=16, alpha=32, dropout=0.1, targets=PROJECTIONS):
 
 def save_adapter(model, path, base):
     """Writes the adapters in PEFT's format for AutoModel(base); the pooling layer is not in it."""
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    state = {}
-    for name, tensor in model.state_dict().items():
-        if ".lora_" in name:
-            name = name.removeprefix("embedding_model.")
-            state[f"base_model.model.{name}.weight"] = tensor.detach().cpu()
-    file = path / "adapter_model.safetensors"
-    safetensors.torch.save_file(state, file, metadata={"format": "pt"})
     layers = lora_layers(model)
+    if not layers:
+        raise InputError("save_adapter: expected a model with an adapter")
+    state = {name: tensor for name, tensor in model.state_dict().items() if ".lora_" in name}
     layer = next(iter(layers.values()))
-    targets = sorted({name.split(".")[-1] for name in layers})
     dropout = model.embedding_model.layers[0].mlp.dropout.p
-    config = adapter_config(base, layer.r, layer.lora_scale * layer.r, dropout, targets)
-    write_json(path / "adapter_config.json", config)
+    targets = sorted({name.split(".")[-1] for name in layers})
+    folders.write_adapter(path, state, base, layer.r, layer.lora_scale * layer.r, dropout, targets)
 
 
 def load_adapter(model, folder):
     """Adds the LoRA adapter of a PEFT folder to a model; strict by name and shape."""
-    add_lora(model, *adapter_settings(folder))
-    path = Path(folder, "adapter_model.safetensors")
-    state = read_adapter(path)
+    add_lora(model, *folders.adapter_settings(folder))
     expected = {name: p for name, p in model.named_parameters() if ".lora_" in name}
-    for name in [*expected, *state]:
-        if name not in expected or name not in state:
-            raise InputError(f"{path}: tensor '{name}': missing or unknown")
-        check_shape(name, state[name], expected[name], path)
-    model.load_state_dict(state, strict=False)
+    model.load_state_dict(folders.read_adapter(folder, expected), strict=False)
     return model
 
 
@@ -825,7 +772,8 @@ def load_adapter(model, folder):
 
 def read_config(folder, **settings):
     """config.json of a folder, some fields of it replaced by `settings` -> Config."""
-    values = config_fields(folder, {field.name for field in fields(Config)})
+    values = folders.config_fields(folder, {field.name for field in fields(Config)})
+    folders.tell_changes(folder, values, settings)
     try:
         return Config(**(values | settings))
     except (TypeError, InputError) as error:  # a missing field, an unknown setting, a wrong type
@@ -844,8 +792,7 @@ def fresh_pooling(config, device, dtype):
 
 
 def main():
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = Flags(__doc__)
     parser.add_argument("model", nargs="?", default="smollm2", help="folder or hub id")
     args = parser.parse_args()
     from data.base import resolve  # this command alone needs it: it fetches the default base

@@ -53,6 +53,7 @@ RANGES = {  # name: its interval, a round bracket leaving out its end
     "lora_rank": "[0, inf)",
     "lora_alpha": "(0, inf)",
     "lora_dropout": "[0, 1)",
+    "r": "[1, inf)",
     "shard_ranks": "[0, inf)",
     "distill": "[0, inf)",
     "held_out": "[0, inf)",
@@ -75,6 +76,8 @@ RANGES = {  # name: its interval, a round bracket leaving out its end
     "retries": "[0, inf)",
     "max_tokens": "[1, inf)",
     "jobs": "[1, inf)",
+    "calibration": "[1, inf)",
+    "drop_blocks": "[0, inf)",
 }
 
 

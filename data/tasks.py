@@ -161,6 +161,11 @@ class Local:
     experiments drawn by index
     """
 
+    @staticmethod
+    def files(path):
+        """The files that the task is read from."""
+        return [path]
+
     def load_data(self, **kwargs):
         rows = [row for _, row in json_lines(self.path)]
         self.dataset = self.to_dataset(rows)
@@ -215,9 +220,18 @@ class Air(Retrieval):
     SPLIT_queries.jsonl and corpus.jsonl with {"id": str, "text": str}.
     """
 
+    @staticmethod
+    def files(path):
+        queries = path.with_name(path.name.replace("qrels", "queries"))
+        files = [path, queries, path.with_name("corpus.jsonl")]
+        for file in files:
+            if not file.is_file():
+                raise InputError(f"{path}: expected {file.name} beside it")
+        return files
+
     def load_data(self, **kwargs):
-        queries = self.texts_by_id(self.path.name.replace("qrels", "queries"))
-        corpus = self.texts_by_id("corpus.jsonl")
+        _, queries, corpus = self.files(self.path)
+        queries, corpus = self.texts_by_id(queries), self.texts_by_id(corpus)
         positives = {}
         for where, row in json_lines(self.path, qid=str, docid=str, relevance=int):
             if row["qid"] not in queries or row["docid"] not in corpus:
@@ -231,8 +245,8 @@ class Air(Retrieval):
         self.dataset = self.to_dataset(rows)
         self.data_loaded = True
 
-    def texts_by_id(self, name):
-        lines = json_lines(self.path.with_name(name), id=str, text=str)
+    def texts_by_id(self, path):
+        lines = json_lines(path, id=str, text=str)
         return {row["id"]: row["text"] for _, row in lines}
 
 
@@ -366,8 +380,11 @@ def folder_tasks(folder):
 
 
 def make_task(name, kind, file, instruction, path, limit):
-    """A task of mteb. Its revision is the hash of the file: a changed file has no results yet."""
-    revision = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    """A task of mteb. Its revision is the hash of its files: if one changes it has no results."""
+    content = hashlib.sha256()
+    for part in kind.files(path):
+        content.update(part.read_bytes())
+    revision = content.hexdigest()[:12]
     if limit:
         revision += f"-{limit}"
     task_type = kind.__name__

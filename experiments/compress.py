@@ -18,7 +18,6 @@ until kernels and files know about zeros. One with fewer blocks is both.
 S tokens of a packed batch, D model width; a weight is (out, in).
 """
 
-import argparse
 import functools
 import sys
 from dataclasses import replace
@@ -37,7 +36,7 @@ sys.path.insert(0, str(ROOT))  # the script runs from any folder
 import nvembed
 import train
 from data.base import resolve
-from data.commands import InputError, run_command
+from data.commands import Flags, InputError, run_command
 from data.recipes import read_recipe
 from data.sampling import draw_rows, known_positives, read_datasets, schedule
 
@@ -244,7 +243,7 @@ def drop_blocks(model, tokens, count):
     ShortGPT (Men et al. 2024, arXiv 2403.03853). It is measured once, in the whole decoder.
     """
     blocks = model.embedding_model.layers
-    if not 0 <= count < len(blocks):
+    if count >= len(blocks):
         raise InputError(f"--drop-blocks: expected less than the {len(blocks)} blocks, got {count}")
     batches = embed(model, tokens)
     changes = []
@@ -285,8 +284,7 @@ def calibration_tokens(model, recipe, count, s):
 
 
 def parse_arguments():
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = Flags(__doc__)
     flag = parser.add_argument
     flag("--model", default=DEFAULT_MODEL, help="folder, hub id or run")
     flag("--prune", choices=(*METHODS, "none"), default="sparsegpt")
@@ -312,8 +310,6 @@ def check_arguments(args):
         raise InputError(f"{args.out}: is a training run; expected another --out")
     if args.prune == "none" and args.drop_blocks == 0:
         raise InputError("--prune none: expected --drop-blocks, or nothing is compressed")
-    if args.calibration < 1:
-        raise InputError(f"--calibration: expected at least 1 row, got {args.calibration}")
 
 
 def torch_dtype(name):

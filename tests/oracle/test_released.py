@@ -12,6 +12,7 @@ from compare import FAMILIES, TASK, TEXTS, cosine, gap
 from tokenizers import Tokenizer
 
 import nvembed
+from data import folders
 from nvembed import NVEmbed
 
 
@@ -175,12 +176,12 @@ def test_saving_over_a_sharded_folder(released, tmp_path):
 
 
 def test_saving_in_shards(released, tmp_path, monkeypatch):
-    whole = nvembed.save_torch_state_dict
+    whole = folders.save_torch_state_dict
 
     def small(*args, **kind):
         return whole(*args, **(kind | {"max_shard_size": "500KB"}))
 
-    monkeypatch.setattr(nvembed, "save_torch_state_dict", small)
+    monkeypatch.setattr(folders, "save_torch_state_dict", small)
     model = NVEmbed.from_pretrained(released)
     model.save_pretrained(tmp_path, dtype=torch.float32)
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2

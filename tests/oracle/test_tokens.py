@@ -1,6 +1,10 @@
 """Template, truncation and pool mask = the released tokenisation, on real tokenizers."""
 
+import base64
 import json
+import random
+import subprocess
+import sys
 
 import pytest
 import references as ref
@@ -9,6 +13,7 @@ from compare import TASK, error_of
 from tokenizers import Tokenizer
 
 import nvembed
+from data import texts
 from nvembed import Config, NVEmbed
 
 FIRST = {
@@ -125,45 +130,113 @@ def test_truncation(tokens_of, monkeypatch):
         assert cut(length) == [*full[:-1][: length - 1], full[-1]]
 
 
-LONG = [
-    "The sun rises in the east. " * 400,
-    "a" * 9000,
-    "7 " * 4000,
-    "苹果 🍎 " * 1500,
-    " " * 9000 + "end",
-    "x  y" * 2000,
-]
+def mixed(seed):
+    """6,000 characters of many scripts in random order: letters, digits, spaces, emoji, accents."""
+    rng = random.Random(seed)
+    alphabet = "aeinst ABC 0123456789 \n\t.,;-_=+/<>(){} éüñ ß 苹果是红色的 ไทยเป็นภาษา"
+    alphabet += "🍎🇩🇪👩‍👩‍👧 e\u0301 هذا 안녕"
+    return "".join(rng.choice(alphabet) for _ in range(6000))
 
 
-@pytest.mark.parametrize("text", LONG)
-def test_long_texts_are_cut_before_they_are_tokenised(text, tokens_of, monkeypatch):
+LONG = {
+    "words": "The sun rises in the east. " * 400,
+    "one letter": "a" * 9000,
+    "digits": "7 " * 4000,
+    "number": "1234567890" * 900,
+    "mixed": "苹果 🍎 " * 1500,
+    "spaces": " " * 9000 + "end",
+    "two spaces": "x  y" * 2000,
+    "chinese": "太阳从东方升起,照亮了整个城市。河水穿过山谷流向大海" * 350,
+    "thai": "พระอาทิตย์ขึ้นทางทิศตะวันออกและส่องสว่างไปทั่วเมือง" * 180,
+    "base64": base64.b64encode(random.Random(0).randbytes(7000)).decode(),
+    "emoji": "🍎🇩🇪👩‍👩‍👧😀" * 1200,
+    "dashes": "-=" * 5000,
+    "lines": "\n" * 9000 + "end",
+    **{f"random {seed}": mixed(seed) for seed in range(6)},
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_long_texts_are_cut_before_they_are_tokenised(name, tokens_of, monkeypatch):
     """The first max_length ids are those of the whole text."""
-    model = tokens_of[3]
-    fast = [model.tokenize([text, "short"], task, 50) for task in ("", TASK)]
+    model, text = tokens_of[3], LONG[name]
+    settings = [("", 7), ("", 50), ("", 500), ("Find it", 50), ("Find it", 500)]
+    fast = [model.tokenize([text, "short"], *setting) for setting in settings]
 
     def whole(encode, texts, count):
         return encode(texts, add_special_tokens=False)
 
     monkeypatch.setattr(nvembed, "encode_beginnings", whole)
-    assert fast == [model.tokenize([text, "short"], task, 50) for task in ("", TASK)]
-    monkeypatch.undo()
-    lengths = []
-
-    def recorded(texts, **_):
-        lengths.extend(len(text) for text in texts)
-        return model.tokenizer.encode_batch(texts)
-
-    nvembed.encode_beginnings(recorded, [text], 50)
-    was_cut = lengths[0] < 500  # control
-    assert was_cut or not nvembed.BETWEEN_WORDS.search(text)
+    assert fast == [model.tokenize([text, "short"], *setting) for setting in settings]
 
 
-def test_a_cut_inside_a_word_would_change_tokens(tokens_of):
-    """Control of the test above."""
-    text, encode = "The sun rises in the east. " * 400, tokens_of[4].encode
+@pytest.mark.parametrize("name", LONG)
+def test_a_long_text_is_not_read_to_its_end(name, tokens_of):
+    """Control of the test above, and the most that is read: what the ids need, four times over."""
+    model, text = tokens_of[3], LONG[name] * 10
+    read = []
+
+    def recorded(texts, **kind):
+        read.extend(texts)
+        return model.tokenizer.encode_batch(texts, **kind)
+
+    (encoding,) = texts.encode_beginnings(recorded, [text], 50)
+    assert len(encoding.ids) >= 50 + texts.MARGIN or len(read[-1]) >= len(text)
+    assert len(read[0]) == 8 * (50 + 64)
+    needed = encoding.offsets[50 + texts.MARGIN - 1][1]
+    assert len(read[-1]) <= max(8 * 114, 4 * needed)
+    assert all(text.startswith(part) for part in read)
+
+
+def test_a_cut_changes_tokens_near_it(tokens_of):
+    """Control: without a margin the ids would be others."""
+    text, encode = LONG["words"], tokens_of[4].encode
     true = encode(text, add_special_tokens=False).ids
     cuts = [encode(text[:n], add_special_tokens=False).ids for n in range(100, 130)]
     assert any(ids != true[: len(ids)] for ids in cuts)
+    margin = 8  # far less than ours will do for such words
+    assert all(ids[:-margin] == true[: len(ids) - margin] for ids in cuts)
+
+
+def test_parts_are_bounded_by_texts_and_characters():
+    long, short = "x" * 1000, "x"
+    assert texts.parts([], 10, (3, 100)) == []
+    assert texts.parts([short] * 7, 10, (3, 100)) == [slice(0, 3), slice(3, 6), slice(6, 7)]
+    assert texts.parts([long] * 3, 60, (3, 100)) == [slice(0, 1), slice(1, 2), slice(2, 3)]
+    assert texts.parts([long] * 3, 50, (3, 100)) == [
+        slice(0, 2),
+        slice(2, 3),
+    ]  # 50 of each are read
+    assert texts.parts([long, short, short], 999, (9, 100)) == [slice(0, 1), slice(1, 3)]
+
+
+MEMORY = """
+import resource, sys
+sys.path[:0] = {path!r}
+import base64, random
+from test_tokens import text_model
+from data.base import base
+model = text_model(base() / "tokenizer.json")
+rng = random.Random(0)
+texts = [base64.b64encode(rng.randbytes(15000)).decode() for _ in range(500)]
+texts = [text * int(sys.argv[1]) for text in texts]
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+assert {{len(token.ids) for token in model.tokenize(texts)}} == {{512}}
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.slow
+def test_memory_of_long_texts_is_bounded(real_tokenizers):
+    """500 texts of 20 KB without a space took 855 MiB; ten times as long they take no more."""
+    code = MEMORY.format(path=sys.path[:6])
+    peaks = []
+    for times in ("1", "10"):
+        line = [sys.executable, "-c", code, times]
+        done = subprocess.run(line, capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout) / 1024)  # MiB
+    assert max(peaks) < 200, peaks
+    assert peaks[1] < peaks[0] + 60, peaks
 
 
 def test_who_keeps_the_eos():

@@ -272,12 +272,12 @@ def test_settings_of_the_recipe_and_flags(recipe, base, tmp_path):
     [
         (["--sparsity", "3:4"], "--sparsity: expected a share between 0 and 1, or 2:4, got 3:4"),
         (["--sparsity", "1.5"], "--sparsity: expected a share between 0 and 1, or 2:4, got 1.5"),
-        (["--calibration", 0], "--calibration: expected at least 1 row, got 0"),
-        (["--calibration", -5], "--calibration: expected at least 1 row, got -5"),
+        (["--calibration", 0], "--calibration: expected a number in [1, inf), got 0"),
+        (["--calibration", -5], "--calibration: expected a number in [1, inf), got -5"),
         (["--drop-blocks", 3], "--drop-blocks: expected less than the 3 blocks, got 3"),
-        (["--drop-blocks", -1], "--drop-blocks: expected less than the 3 blocks, got -1"),
+        (["--drop-blocks", -1], "--drop-blocks: expected a number in [0, inf), got -1"),
         (["--prune", "none"], "--prune none: expected --drop-blocks, or nothing is compressed"),
-        (["--max-length", 4], "max_length: expected over"),
+        (["--max-length", 4], "max_length 4: expected more ids than"),
     ],
 )
 def test_bad_settings(recipe, base, tmp_path, flags, message):

@@ -56,7 +56,7 @@ def test_order_and_empty_inputs(base):
 
 
 def test_encode_in_chunks(base, monkeypatch):
-    """Texts are tokenised ahead, CHUNK at a time, each with its own instruction."""
+    """Texts are tokenised ahead, a CHUNK at a time, each with its own instruction."""
     model, tasks = NVEmbed.from_pretrained(base), [TASK, "", "Other", "", TASK, "", ""]
     whole, tokenize = model.encode(TEXTS, tasks), model.tokenize
     calls = []
@@ -65,7 +65,8 @@ def test_encode_in_chunks(base, monkeypatch):
         calls.append(texts)
         return tokenize(texts, *rest)
 
-    monkeypatch.setattr(nvembed, "CHUNK", 3)
+    parts = nvembed.parts
+    monkeypatch.setattr(nvembed, "parts", lambda *args: parts(*args, (3, 10**6)))
     monkeypatch.setattr(model, "tokenize", recorded)
     assert gap(model.encode(TEXTS, tasks), whole) <= 2e-6
     assert [text for texts in calls for text in texts] == TEXTS

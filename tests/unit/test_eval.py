@@ -253,8 +253,9 @@ def test_a_killed_evaluation_goes_on(suite, monkeypatch, capsys):
 
     suite.calls.clear()
     monkeypatch.setattr(FakeModel, "encode", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as exit:
         output(monkeypatch, capsys, *MODEL)
+    assert exit.value.code == 130
     assert [texts for _, texts in suite.calls] == asked[:4]
     suite.calls.clear()
     monkeypatch.setattr(FakeModel, "encode", encode)
