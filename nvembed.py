@@ -179,14 +179,13 @@ class Linear(nn.Linear):
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, device=device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
-    def forward(self, x, lora_x=None):
-        """x (S, in) -> (S, out). lora_x is dropout(x), which the adapter reads: see LoraDropout."""
+    def forward(self, x, low=None):
+        """x (S, in) -> (S, out). low (S, r) is scale A dropout(x): see `lora_low`."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
         out = F.linear(x, self.weight.to(x.dtype), bias)
-        if self.r:
-            low = F.linear(lora_x, (self.lora_scale * self.lora_A).to(x.dtype))  # (S, r)
-            out = out + F.linear(low, self.lora_B.to(x.dtype))
-        return out
+        if low is None:
+            return out
+        return torch.addmm(out, low, self.lora_B.to(x.dtype).T)  # the sum costs no pass of its own
 
     def merged(self):
         """W + (alpha / r) B A, the weight that needs no adapter, in fp32."""
@@ -196,15 +195,34 @@ class Linear(nn.Linear):
         return weight
 
 
+def lora_low(x, dropout, *layers):
+    """scale A dropout(x) of each Linear that reads x, (S, r), by one product; None without adapter.
+
+    The layers share one dropout of x.
+    """
+    adapted = [layer for layer in layers if layer.r]
+    if not adapted:
+        return [None] * len(layers)
+    a = adapted[0].lora_A
+    if len(adapted) > 1:
+        a = torch.cat([layer.lora_A for layer in adapted])
+    low = F.linear(dropout(x), (a * adapted[0].lora_scale).to(x.dtype))  # (S, n r)
+    if len(layers) == 1:
+        return [low]
+    parts = iter(low.split([layer.r for layer in adapted], dim=-1))
+    return [next(parts) if layer.r else None for layer in layers]
+
+
 class LoraDropout(nn.Module):
-    """Dropout of what adapters read. Attention and MLP draw it once for each input x and share it
-    between the projections that read x."""
+    """Dropout of what adapters read."""
 
     p = 0.0  # set by `add_lora`
 
     def forward(self, x):
         if not self.training or self.p == 0:
             return x
+        if x.is_cuda:
+            return F.dropout(x, self.p)
         return x * random_mask(x.shape, self.p, x.device) * (1 / (1 - self.p))
 
 
@@ -224,14 +242,10 @@ def random_mask(shape, p, device):
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / rms(x) * weight."""
+    """x / rms(x) * weight in the dtype of x."""
 
     def forward(self, x):
-        # |x| is summed in fp32 without a copy of x in fp32.
-        wide = torch.promote_types(x.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
-        mean_square = norm * norm / x.shape[-1]
-        return x * (mean_square + self.eps).rsqrt().to(x.dtype) * self.weight.to(x.dtype)
+        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -246,12 +260,13 @@ class LayerNorm(nn.LayerNorm):
 
 
 def rope_tables(c, lengths, device, dtype):
-    """Cosine and sine of each token's position in its text -> a pair of (S, 1, K / 2)."""
+    """Cosine (S, 1, 1, K/2) and -sine, sine (S, 1, 2, K/2) of each token's position in its text."""
     exponents = torch.arange(0, c.head_dim, 2, device=device, dtype=torch.float32) / c.head_dim
     frequencies = scale_frequencies(c.rope_theta**-exponents, c.rope_scaling)
     positions = np.concatenate([np.arange(length, dtype=np.float32) for length in lengths])
-    angles = torch.outer(torch.from_numpy(positions).to(device), frequencies)[:, None]
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    angles = torch.outer(torch.from_numpy(positions).to(device), frequencies)[:, None, None]
+    sine = angles.sin()
+    return angles.cos().to(dtype), torch.cat((-sine, sine), dim=2).to(dtype)
 
 
 def scale_frequencies(frequencies, scaling):
@@ -266,8 +281,8 @@ def scale_frequencies(frequencies, scaling):
 
 def rotate(x, cos, sin):
     """Turns each pair (x_i, x_{i + K/2}) by its position's angle: x (S, H, K) -> (S, H, K)."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    halves = x.unflatten(-1, (2, -1))  # (S, H, 2, K/2)
+    return torch.addcmul(halves * cos, halves.flip(2), sin).flatten(2)
 
 
 # ---- attention
@@ -373,14 +388,14 @@ class Attention(nn.Module):
         c = self.config
         q, k, v = self.project(x, rope)
         out = attend(q, k, v, lengths, c.causal, c.sliding_window).flatten(1)  # (S, H K)
-        return self.o_proj(out, self.dropout(out))
+        return self.o_proj(out, *lora_low(out, self.dropout, self.o_proj))
 
     def project(self, x, rope):
         head_dim = self.config.head_dim
-        lora_x = self.dropout(x)
-        q = self.q_proj(x, lora_x).unflatten(-1, (-1, head_dim))  # (S, H, K)
-        k = self.k_proj(x, lora_x).unflatten(-1, (-1, head_dim))  # (S, G, K)
-        v = self.v_proj(x, lora_x).unflatten(-1, (-1, head_dim))  # (S, G, K)
+        low_q, low_k, low_v = lora_low(x, self.dropout, self.q_proj, self.k_proj, self.v_proj)
+        q = self.q_proj(x, low_q).unflatten(-1, (-1, head_dim))  # (S, H, K)
+        k = self.k_proj(x, low_k).unflatten(-1, (-1, head_dim))  # (S, G, K)
+        v = self.v_proj(x, low_v).unflatten(-1, (-1, head_dim))  # (S, G, K)
         return rotate(q, *rope), rotate(k, *rope), v
 
 
@@ -395,9 +410,9 @@ class MLP(nn.Module):
         self.dropout = LoraDropout()
 
     def forward(self, x):
-        lora_x = self.dropout(x)
-        gated = F.silu(self.gate_proj(x, lora_x)) * self.up_proj(x, lora_x)  # (S, F)
-        return self.down_proj(gated, self.dropout(gated))
+        low_gate, low_up = lora_low(x, self.dropout, self.gate_proj, self.up_proj)
+        gated = F.silu(self.gate_proj(x, low_gate)) * self.up_proj(x, low_up)  # (S, F)
+        return self.down_proj(gated, *lora_low(gated, self.dropout, self.down_proj))
 
 
 class Block(nn.Module):

@@ -54,7 +54,7 @@ def test_default_base_equals_transformers(real_tokenizers):
 
 def interleaved(x, cos, sin):
     """RoPE on pairs (0, 1), (2, 3), ...: the layout of the original Llama weights, not of these."""
-    cos, sin = cos.repeat_interleave(2, -1), sin.repeat_interleave(2, -1)
+    cos, sin = [table[:, :, -1].repeat_interleave(2, -1) for table in (cos, sin)]
     return x * cos + torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2) * sin
 
 
