@@ -44,7 +44,7 @@ from data.base import resolve
 from data.commands import Flags, InputError, check_ranges, run_command
 from data.files import ROOT, read_json
 from data.folders import local_folder
-from data.machine import describe_machine, measure_peak, speed
+from data.machine import choose_micro_tokens, describe_machine, measure_peak, speed
 from data.ranks import Stopped, all_reduce, catch_signals, check_agreement, check_stop
 from data.ranks import init_ranks, leave_ranks, print0, rank, world_size
 from data.recipes import read_recipe, stage_settings
@@ -74,7 +74,7 @@ class Settings:
     clip: float = 1.0  # largest norm of the gradient
     temperature: float = 0.02
     max_length: int = 512  # tokens of a text
-    micro_tokens: int = 16384  # tokens of a micro-batch, which bounds memory
+    micro_tokens: int = 0  # tokens of a micro-batch, which bounds memory; 0: as many as fit
     lora_rank: int = 16  # r, the paper's; 0: all weights are trained
     lora_alpha: float = 32
     lora_dropout: float = 0.1
@@ -436,6 +436,7 @@ def train(run, init, datasets, s, device, teacher_name=None, tensorboard=None):
     settings = asdict(s) | {"content": content(init, teacher_name, datasets)}
     check_agreement(settings)
     model, base = build(init, s, device)
+    s = replace(s, micro_tokens=choose_micro_tokens(model, s))
     teacher = None
     if s.distill:
         teacher = place(load(teacher_name, s, device), s, device)
@@ -575,7 +576,7 @@ def read_settings(recipe, args):
     check_ranges(asdict(s))
     if s.keep_zeros and s.lora_rank > 0:
         raise InputError(f"keep_zeros: expected lora_rank 0, got {s.lora_rank}: LoRA fills zeros")
-    if s.micro_tokens < s.max_length:
+    if 0 < s.micro_tokens < s.max_length:
         expected = f"expected at least a text's {s.max_length} tokens"
         raise InputError(f"micro_tokens: {expected}, got {s.micro_tokens}")
     return s

@@ -49,7 +49,7 @@ RANGES = {  # name: its interval, a round bracket leaving out its end
     "clip": "(0, inf]",
     "temperature": "(0, inf)",
     "max_length": "[1, inf)",
-    "micro_tokens": "[1, inf)",
+    "micro_tokens": "[0, inf)",
     "lora_rank": "[0, inf)",
     "lora_alpha": "(0, inf)",
     "lora_dropout": "[0, 1)",

@@ -9,7 +9,10 @@ import time
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
+from data.commands import InputError
 from data.files import ROOT
 from data.ranks import all_reduce, world_size
 
@@ -62,3 +65,65 @@ def peak_memory_gib():
         return torch.cuda.max_memory_allocated() / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+# ---- memory of a micro-batch
+
+CPU_TOKENS = 8192  # of a micro-batch on a CPU
+RESERVE = 0.06  # share of a GPU's memory that is left to kernels and to fragmentation
+
+
+def choose_micro_tokens(model, s):
+    """How many tokens a micro-batch may have -> s.micro_tokens or, where it is 0, what fits."""
+    if s.micro_tokens:
+        return s.micro_tokens
+    if model.device.type == "cpu":
+        return max(CPU_TOKENS, s.max_length)
+    free, total = torch.cuda.mem_get_info(model.device)
+    (tokens,) = all_reduce([fitting_tokens(model, s, free, total)], dist.ReduceOp.MIN)
+    return int(tokens)
+
+
+def fitting_tokens(model, s, free, total):
+    """The tokens whose graph fits beside the model -> int; InputError if not even one text's do.
+
+    `free` bytes of `total` are left with the model's weights on the device.
+    """
+    size = model.dtype.itemsize
+    blocks = model.embedding_model.layers
+    trained = sum(local_bytes(p) for p in model.parameters() if p.requires_grad)
+    # A gradient and AdamW's two moments of each trained weight, and its copy in the dtype of the
+    # arithmetic, which the graph keeps.
+    weights = trained * 3 + trained * size / 4
+    if world_size() > 1:  # FSDP gathers a block while the one before is in use
+        weights += 3 * sum(p.numel() * p.element_size() for p in blocks[0].parameters())
+    room = free - weights - RESERVE * total
+    tokens = int(room / bytes_a_token(model.config, size, s.recompute))
+    if tokens < s.max_length:
+        advice = "shorter texts (--max-length) or more ranks"
+        if not s.recompute:
+            advice = f"--recompute, {advice}"
+        got = f"there is memory for {max(tokens, 0)}; what helps: {advice}"
+        raise InputError(f"micro_tokens: expected a text's {s.max_length} tokens to fit, {got}")
+    return tokens
+
+
+def local_bytes(parameter):
+    """Bytes of this rank's shard of a parameter."""
+    shard = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    return shard.numel() * shard.element_size()
+
+
+def bytes_a_token(c, size, recompute):
+    """What the backward pass keeps of a token, in bytes; `size` is that of a number.
+
+    A block keeps its residuals, norms, projections, what they and their adapters read, and dropout's
+    masks: about 9 D + 4.5 F numbers. The latent layer keeps 20 D, and scores twice.
+    """
+    block = 9 * c.hidden_size + 4.5 * c.intermediate_size
+    numbers = c.num_hidden_layers * block
+    if recompute:
+        numbers = c.num_hidden_layers * c.hidden_size + block
+    if c.pooling in ("latent", "self"):
+        numbers += 20 * c.hidden_size + 3 * c.num_cross_heads * c.num_latents
+    return size * numbers
