@@ -319,6 +319,7 @@ def test_documents_are_those_of_lists(here):
     assert numbers.tolist() == list(range(len(documents)))[::-1]
 
 
+@pytest.mark.slow
 def test_memory_of_documents(here):
     """10,000 rows of 9 texts: at most 300 bytes a row beside the vectors."""
     rows = (

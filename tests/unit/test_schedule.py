@@ -122,6 +122,7 @@ def test_known_positives_are_those_of_all_rows(tmp_path):
     assert positives.queries.nbytes + positives.texts.nbytes <= 16 * 5
 
 
+@pytest.mark.slow
 def test_memory_of_training_rows(tmp_path):
     """10,000 rows of 9 texts: at most 200 bytes a row, of 2,000 and more as lists."""
     rows = (
