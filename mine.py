@@ -1,8 +1,8 @@
 """Hard negatives for stage 2 (section 4.1.1 of the paper; NV-Retriever, arXiv 2407.15831).
 
-    python mine.py                 teacher runs/stage1, retrieval sets of stage 2 -> runs/mined
+    python mine.py                # teacher runs/stage1, retrieval sets of stage 2 -> runs/mined
     python mine.py --model intfloat/e5-mistral-7b-instruct --data my.jsonl --corpus wiki.jsonl.gz
-    torchrun --nproc-per-node 8 mine.py       the same files, written by 8 ranks
+    torchrun --nproc-per-node 8 mine.py       # the same files, written by 8 ranks
 
 A teacher embeds every query and document. Of the documents most similar to a query, those about as
 similar as its positive are probably answers that nobody labelled: a rule drops them. The best of

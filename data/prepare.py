@@ -1,9 +1,9 @@
 """Fetches the models that everything starts from, builds the shipped sets and the rows of recipes.
 
-    python data/prepare.py                                 base and teacher -> cache, shipped sets
-    python data/prepare.py --only base                     one of base, minilm, sets
-    python data/prepare.py --recipe data/paper.json        rows of a recipe's sources -> cache
-    python data/prepare.py --leakage ROWS --against FILE   drop rows too near to a text of FILE
+    python data/prepare.py                                # base and teacher -> cache, shipped sets
+    python data/prepare.py --only base                    # one of base, minilm, sets
+    python data/prepare.py --recipe data/paper.json       # rows of a recipe's sources -> cache
+    python data/prepare.py --leakage ROWS --against FILE  # drop rows too near to a text of FILE
 
 Sources are tables of the hub or local files; data/README.md describes them.
 """

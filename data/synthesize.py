@@ -5,35 +5,37 @@
 
 There are two prompts: one brainstorms about 20 tasks a request, the other writes one row for a
 task. This is the scheme of E5-mistral (Wang et al. 2024, arXiv 2401.00368) in our own words, which
-synthesize.json holds. OPENAI_API_KEY is sent if it is set.
+synthesize.json holds. OPENAI_API_KEY is sent if it is set, to the endpoint and nowhere else: no
+redirect is followed and no proxy is used.
 
 Every outcome is a line of FILE.journal, written before its task's next request: the same command
 continues where it was stopped, and may then ask for other kinds, more tasks or more retries. FILE
 has the rows in the order of their tasks, whatever the concurrency; FILE.json has the counts.
 """
 
-import argparse
+import contextlib
 import fcntl
 import json
 import math
 import os
 import random
 import re
+import socket
 import sys
-import urllib.request
+import time
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from http.client import HTTPException
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
-from threading import Event
-from urllib.error import HTTPError, URLError
+from threading import Event, Timer
+from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
 if not __package__:  # python data/synthesize.py: imports start at the project, not at data/
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from data.commands import InputError, one_line, run_command
+from data.commands import Flags, InputError, one_line, run_command
 from data.files import read_json, write_rows
 from data.rows import is_text, is_unicode
 
@@ -42,11 +44,16 @@ PLACEHOLDERS = set(re.findall("<[^<>]+>", json.dumps(PROMPTS)))  # what an answe
 TASKS_A_REQUEST = 20
 BACKOFF = 0.5  # seconds before a refused request is repeated, doubled each time
 LONGEST_WAIT = 60  # seconds
+LONGEST_REPLY = 2**23  # bytes
+V1 = "/v1/chat/completions"
 
 
 def main():
     args = parse_arguments()
-    journal = Journal(Path(f"{args.out}.journal"), args)
+    path = Path(f"{args.out}.journal")
+    if Path(args.out).exists() and not path.exists():
+        raise InputError(f"{args.out}: is in the way, not from this command: it has no journal")
+    journal = Journal(path, args)
     pool = ThreadPoolExecutor(args.concurrency)
     rows = []
     counts = {}
@@ -69,9 +76,7 @@ def main():
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = Flags(__doc__)
     flag = parser.add_argument
     default = "default: %(default)s"
     flag("--kind", choices=(*PROMPTS["kinds"], "all"), default="all", help=default)
@@ -85,13 +90,26 @@ def parse_arguments():
     flag("--retries", type=int, default=5, help=f"of a request; {default}")
     flag("--max-tokens", type=int, default=2048, help=f"of an answer; {default}")
     args = parser.parse_args()
-    least = min(args.tasks, args.concurrency, args.timeout, args.max_tokens)
-    if least <= 0 or args.retries < 0:
-        flags = "--tasks, --concurrency, --timeout, --max-tokens"
-        raise InputError(f"{flags}: expected > 0; --retries: >= 0")
-    if not args.endpoint.startswith(("http://", "https://")):
-        raise InputError(f"--endpoint: expected a URL, got {args.endpoint!r}")
+    check_endpoint(args.endpoint)
+    api_key()
     return args
+
+
+def check_endpoint(endpoint):
+    try:
+        parts = urlsplit(endpoint)
+        known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # a bracket that is not closed, a port that is no number
+        known = False
+    if not known or not (endpoint.isascii() and endpoint.isprintable() and " " not in endpoint):
+        raise InputError(f"--endpoint: expected a URL, got {endpoint!r}")
+
+
+def api_key():
+    key = os.environ.get("OPENAI_API_KEY", "none").strip()
+    if not key.isascii() or not key.isprintable():  # the message must not show it
+        raise InputError("OPENAI_API_KEY: expected one line of ASCII")
+    return key
 
 
 # ---- tasks and rows
@@ -130,7 +148,7 @@ def brainstorm(journal, pool, kind):
         requests += more
         for key, answer in zip(keys, pool.map(journal.ask, keys), strict=True):
             for place, text in enumerate(answer or []):
-                task = " ".join(text.split())
+                task = " ".join(text.split()).removeprefix("Instruct:").strip()
                 mentions = tasks.setdefault(task.casefold(), [])
                 mentions.append(((*key, place), task))
         if len(tasks) == known:
@@ -270,7 +288,6 @@ def request(args, prompt, seed):
 
     Raises Failed, or InputError where repeating cannot help.
     """
-    url = args.endpoint.rstrip("/").removesuffix("/v1").rstrip("/") + "/v1/chat/completions"
     body = {
         "model": args.model,
         "messages": [{"role": "user", "content": prompt}],
@@ -279,32 +296,49 @@ def request(args, prompt, seed):
         "top_p": 1,
         "max_tokens": args.max_tokens,
     }
-    headers = {
-        "Content-Type": "application/json",
-        "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none').strip()}",
-    }
-    posted = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {api_key()}"}
+    url = urlsplit(args.endpoint.rstrip("/").removesuffix("/v1").rstrip("/"))
+    kind = HTTPSConnection if url.scheme == "https" else HTTPConnection
+    connection = kind(url.hostname, url.port, timeout=args.timeout)
+    end = time.monotonic() + args.timeout
     try:
-        with urllib.request.urlopen(posted, timeout=args.timeout) as response:
-            return response.read()
-    except HTTPError as error:
-        if error.code in (408, 429) or error.code >= 500:  # too late, too much, the server's fault
-            raise Failed(f"refused: HTTP {error.code}") from error
-        raise InputError(f"{url}: HTTP {error.code}: {message_of(error)}") from error
+        with contextlib.closing(connection), cut_off(connection, args.timeout):
+            connection.request("POST", url.path + V1, json.dumps(body).encode(), headers)
+            response = connection.getresponse()
+            status, reply = response.status, response.read(LONGEST_REPLY + 1)
     except (OSError, HTTPException) as error:
-        cause = error.reason if isinstance(error, URLError) else error
-        if isinstance(cause, TimeoutError):
-            raise Failed("refused: time-out") from error
-        raise Failed("refused: connection error") from error
+        late = isinstance(error, TimeoutError) or time.monotonic() >= end
+        raise Failed("refused: time-out" if late else "refused: connection error") from error
+    if time.monotonic() >= end:
+        raise Failed("refused: time-out")
+    if status in (408, 429) or status >= 500:  # too late, too much, the server's fault
+        raise Failed(f"refused: HTTP {status}")
+    if status != 200:
+        said = " ".join(reply[:300].decode(errors="replace").split())
+        raise InputError(f"{url.geturl()}{V1}: HTTP {status}: {said}")
+    if len(reply) > LONGEST_REPLY:
+        raise Failed("bad: too long")
+    if response.length:  # of its bytes that did not come
+        raise Failed("refused: connection error")
+    return reply
 
 
-def message_of(error):
-    """The start of what a server says with an HTTP error, on one line."""
+@contextlib.contextmanager
+def cut_off(connection, seconds):
+    """Connects, and ends the connection after so many seconds, however slowly its bytes come."""
+    connection.connect()
+    timer = Timer(seconds, shut, [connection.sock])
+    timer.daemon = True
+    timer.start()
     try:
-        text = error.read(300).decode(errors="replace")
-    except (OSError, HTTPException):  # the connection is gone
-        return ""
-    return " ".join(text.split())
+        yield
+    finally:
+        timer.cancel()
+
+
+def shut(sock):
+    with contextlib.suppress(OSError):  # it is closed
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)  # the plain socket's, below TLS
 
 
 def parse_tasks(reply):

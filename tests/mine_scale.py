@@ -172,7 +172,7 @@ def watched_command(width, shard, loose, flags):
 # ---- outside of it
 
 
-def start(folder, out, width, shard, flags, ranks=1, loose=0):
+def start(folder, out, width, shard, flags, ranks=1, loose=0, stderr=None):
     """Starts mine.py on the world of a folder -> Popen."""
     command = [sys.executable]
     if ranks > 1:
@@ -185,6 +185,7 @@ def start(folder, out, width, shard, flags, ranks=1, loose=0):
         cwd=folder,
         env=os.environ | {"NVEMBED_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
+        stderr=stderr,
         text=True,
         start_new_session=True,
     )

@@ -1,7 +1,9 @@
 """The command mine.py in processes of its own: memory, kills, ranks, and the shipped negatives."""
 
+import signal
 import subprocess
 import sys
+import time
 
 import mine_scale
 import pytest
@@ -20,6 +22,28 @@ def test_bounded_memory_recall_and_kills():
     assert found["recall"] == 1
     assert found["same"]
     assert 2 <= found["shards_kept"] < 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
+def test_signals(tmp_path, number):
+    """One line, status 130, nothing half done; the same command goes on with the next shard."""
+    mine_scale.write_world(tmp_path, 40, 20000)
+    flags = ("out", 64, 1000, ["--negatives", 5])
+    process = mine_scale.start(tmp_path, *flags, stderr=subprocess.PIPE)
+    while len(mine_scale.shard_times(tmp_path)) < 2:
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, err = process.communicate()
+    assert process.returncode == 130
+    assert err.splitlines()[-1] == "stopped: the same command goes on"
+    assert "Traceback" not in err
+    before = mine_scale.shard_times(tmp_path)
+    assert len(list((tmp_path / "cache/maps").iterdir())) == len(before) < 20
+    assert not list((tmp_path / "out").iterdir())
+    mine_scale.finish(tmp_path, *flags)
+    assert before.items() < mine_scale.shard_times(tmp_path).items()
+    assert len(read_rows(tmp_path / "out/rows.jsonl")) == 40
 
 
 @pytest.mark.slow

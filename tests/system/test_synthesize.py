@@ -10,6 +10,7 @@ import json
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -386,6 +387,11 @@ def test_a_server_that_is_down(serve, tmp_path, monkeypatch):
     "changes, message",
     (
         ({"endpoint": "localhost:8000"}, "--endpoint: expected a URL"),
+        ({"endpoint": "http://[bad"}, "--endpoint: expected a URL"),
+        ({"endpoint": "http://host:port"}, "--endpoint: expected a URL"),
+        ({"endpoint": "http://"}, "--endpoint: expected a URL"),
+        ({"endpoint": "http://a b"}, "--endpoint: expected a URL"),
+        ({"timeout": "nan"}, "--timeout"),
         ({"tasks": 0}, "--tasks"),
         ({"retries": -1}, "--retries"),
         ({"timeout": 0}, "--timeout"),
@@ -397,6 +403,106 @@ def test_bad_flags(serve, tmp_path, changes, message):
     assert message in stderr
     assert stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+# ---- a server that is not to be trusted
+
+
+@pytest.mark.parametrize("status", (301, 302, 303, 307, 308))
+def test_the_key_follows_no_redirect(serve, tmp_path, monkeypatch, status):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    other = serve()
+    with SpokenServer(f"HTTP/1.1 {status} Moved\r\nLocation: {other.url}/v1/\r\n\r\n") as server:
+        code, _, stderr = command(server, tmp_path / "rows", tasks=1)
+    assert code == 2
+    assert f"HTTP {status}" in stderr
+    assert "Bearer secret" in server.heard  # control: the endpoint itself has it
+    assert not other.asked
+
+
+class SpokenServer:
+    """Answers a request with the given text, a character every `pause` seconds."""
+
+    def __init__(self, text, pause=0, repeat=1):
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
+        self.parts = [text[:1], *text[1:]] if pause else [text]
+        self.pause, self.repeat, self.heard = pause, repeat, ""
+        threading.Thread(target=self.serve, daemon=True).start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.socket.close()
+
+    def serve(self):
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self.socket.accept()
+                with contextlib.suppress(OSError), connection:
+                    self.speak(connection)
+
+    def speak(self, connection):
+        while "messages" not in self.heard:
+            self.heard += connection.recv(2**16).decode()
+        for _ in range(self.repeat):
+            for part in self.parts:
+                connection.sendall(part.encode())
+                time.sleep(self.pause)
+
+
+@pytest.mark.parametrize(
+    "text",
+    (
+        "HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n" + "x" * 1000,
+        "HTTP/1.1 200 OK\r\n" + "X-Slow: yes\r\n" * 90,
+    ),
+)
+def test_a_slow_drip_ends_in_time(tmp_path, text):
+    """Each byte comes well within the time of a request, all of them would take 50 s."""
+    with SpokenServer(text, pause=0.05) as server:
+        begin = time.monotonic()
+        code, _, stderr = command(server, tmp_path / "rows", tasks=1, retries=0, timeout=0.5)
+    assert 0.4 < time.monotonic() - begin < 5
+    assert code == 2
+    assert "refused: time-out, 1 times" in stderr
+
+
+def test_an_endless_answer_is_bad(tmp_path, monkeypatch):
+    monkeypatch.setattr(synthesize, "LONGEST_REPLY", 2**20)
+    text = "HTTP/1.1 200 OK\r\n\r\n" + "x" * 2**16
+    with SpokenServer(text, repeat=10**6) as server:
+        code, _, stderr = command(server, tmp_path / "rows", tasks=1, retries=0, timeout=20)
+    assert code == 2
+    assert b"bad: too long" in journal_of(tmp_path / "rows").read_bytes()
+
+
+def test_an_answer_that_is_cut_off_is_asked_for_again(tmp_path):
+    with SpokenServer("HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nx") as server:
+        code, _, stderr = command(server, tmp_path / "rows", tasks=1, retries=0)
+    assert code == 2
+    assert "refused: connection error, 1 times" in stderr
+
+
+@pytest.mark.parametrize("key", ("sec\nret", "sec\r\nX-Evil: ret", "secr\u00e9t", "secret\u65e5"))
+def test_a_key_that_no_header_can_hold(serve, tmp_path, monkeypatch, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    server = serve()
+    code, _, stderr = command(server, tmp_path / "rows", tasks=1)
+    assert code == 2
+    assert stderr == "error: OPENAI_API_KEY: expected one line of ASCII\n"
+    assert not server.asked
+
+
+def test_a_file_of_the_user_stays(serve, tmp_path):
+    out = tmp_path / "rows.jsonl"
+    out.write_text("mine")
+    code, _, stderr = command(serve(), out, tasks=1)
+    assert code == 2
+    assert "is in the way, not from this command" in stderr
+    assert out.read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [out]
 
 
 # ---- training on the rows

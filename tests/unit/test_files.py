@@ -2,7 +2,10 @@
 
 import gzip
 import json
+import os
 import re
+import tracemalloc
+import zlib
 
 import pytest
 
@@ -89,3 +92,79 @@ def test_optional_package():
     message = "^--flag: expected the package no_such: pip install no_such$"
     with pytest.raises(InputError, match=message):
         commands.optional_package("no_such.part", "--flag")
+
+
+# ---- files of others, and of those who were killed
+
+
+def test_files_have_the_mode_of_any_new_one(tmp_path):
+    """safetensors writes for the owner alone; a group that shares a cache has to read it."""
+    (tmp_path / "plain").touch()
+    expected = (tmp_path / "plain").stat().st_mode
+    with files.renamed(tmp_path / "map") as temporary:
+        temporary.touch(0o600)
+        assert temporary.stat().st_mode != expected  # control
+    assert (tmp_path / "map").stat().st_mode == expected
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    """By the next that writes the same file, but not what another process is writing now."""
+    folders = {}
+    for name in ("killed", "writing", "young"):
+        folders[name] = tmp_path / f".rows.jsonl.{name}"
+        folders[name].mkdir()
+        (folders[name] / "rows.jsonl").write_text("half")
+    (tmp_path / ".rows.jsonl.user").write_text("a file of the user's")
+    for name in ("killed", "writing"):
+        os.utime(folders[name], (0, 0))
+    with files.locked(folders["writing"]):
+        files.write_rows(tmp_path / "rows.jsonl", [ROW])
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {".rows.jsonl.writing", ".rows.jsonl.young", ".rows.jsonl.user", "rows.jsonl"}
+
+
+def test_locks(tmp_path):
+    with files.locked(tmp_path), pytest.raises(InputError, match="in use by another process$"):
+        with files.locked(tmp_path):
+            pass
+    with files.locked(tmp_path):  # control: it ends with the block
+        pass
+
+
+def test_outputs_are_no_inputs(tmp_path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    one.touch()
+    os.symlink(one, other)
+    os.link(one, tmp_path / "third")
+    for output in (one, other, tmp_path / "third", tmp_path / "x" / ".." / "one"):
+        with pytest.raises(InputError, match="would overwrite the input"):
+            files.check_outputs([tmp_path / "new", output], [one])
+    with pytest.raises(InputError, match="would be written twice"):
+        files.check_outputs([one, one], [])
+    files.check_outputs([one, tmp_path / "new"], [tmp_path / "four", tmp_path / "x/one"])  # control
+
+
+def test_half_of_a_surrogate_pair_is_not_written(tmp_path):
+    files.write_rows(tmp_path / "rows.jsonl", [ROW])
+    with pytest.raises(InputError, match="rows.jsonl: no text: .* surrogates not allowed"):
+        files.write_rows(tmp_path / "rows.jsonl", [ROW | {"query": "\ud800"}])
+    assert list(read_rows(tmp_path / "rows.jsonl")) == [ROW]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
+def test_rows_are_written_one_by_one(tmp_path, name):
+    """100 rows of 1 MB: at most a few of them are in memory."""
+    tracemalloc.start()
+    files.write_rows(tmp_path / name, (ROW | {"query": f"{i}" * 10**6} for i in range(100)))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2e7
+
+
+def test_gzipped_rows_are_those_of_gzip(tmp_path):
+    """The shipped files stay as they are, whatever writes them."""
+    files.write_rows(tmp_path / "rows.jsonl", [ROW] * 1000)
+    files.write_rows(tmp_path / "rows.jsonl.gz", [ROW] * 1000)
+    content = (tmp_path / "rows.jsonl").read_bytes()
+    packed = (tmp_path / "rows.jsonl.gz").read_bytes()
+    assert packed == zlib.compress(content, 9, wbits=31)

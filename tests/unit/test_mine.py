@@ -1,9 +1,11 @@
 """Mining without a model: each rule on planted scores, and the command on planted teachers."""
 
 import argparse
+import errno
 import functools
 import json
 import os
+import signal
 import sys
 import tracemalloc
 from pathlib import Path
@@ -12,6 +14,7 @@ import mine
 import numpy as np
 import pytest
 
+from data import commands
 from data.commands import InputError
 from data.corpus import Corpus, Mined
 from data.files import locked, write_rows
@@ -316,6 +319,7 @@ def test_documents_are_those_of_lists(here):
     assert numbers.tolist() == list(range(len(documents)))[::-1]
 
 
+@pytest.mark.slow
 def test_memory_of_documents(here):
     """10,000 rows of 9 texts: at most 300 bytes a row beside the vectors."""
     rows = (
@@ -493,3 +497,30 @@ def test_command(here, monkeypatch, capsys):
     assert (here / "empty.jsonl").read_bytes() == b""
     with pytest.raises(InputError, match="argument --rule: invalid choice: 'odd'"):
         run("--rule", "odd")
+
+
+@pytest.mark.parametrize("place", ["maps", "rows", "out"])
+def test_a_place_that_cannot_be_written_is_one_line(here, monkeypatch, capsys, place):
+    """A full disk under the vectors, under the rows; a file where the folder has to be."""
+    write_rows(here / "rows.jsonl", ROWS)
+    (here / "taken").touch()
+    renamed = mine.files.renamed
+
+    def full(path):
+        if path.suffix == {"maps": ".safetensors", "rows": ".jsonl"}.get(place):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return renamed(path)
+
+    out = "taken" if place == "out" else "out"
+    flags = ("--data", "rows.jsonl", "--out", out)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(mine.files, "renamed", full)
+        patch.setattr(signal, "signal", lambda *_: None)
+        commands.run_command(lambda: mining(monkeypatch, *flags))
+    assert end.value.code == 2
+    (line,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("error")]
+
+    assert "File exists" in line or "No space left on device" in line
+    assert not (here / "out/rows.jsonl").exists()
+    mining(monkeypatch, "--data", "rows.jsonl", "--out", "out")  # control
+    assert (here / "out/rows.jsonl").exists()

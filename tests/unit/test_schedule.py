@@ -1,5 +1,7 @@
 """Which rows a step sees, what is held out, the learning rate, where the instruction goes."""
 
+import tracemalloc
+
 import pytest
 from helpers import a_batch, settings, some_rows
 
@@ -118,3 +120,27 @@ def test_known_positives_are_those_of_all_rows(tmp_path):
     assert positives["another"] == {sampling.text_id("four")}
     assert positives["unknown"] == set()  # control
     assert positives.queries.nbytes + positives.texts.nbytes <= 16 * 5
+
+
+@pytest.mark.slow
+def test_memory_of_training_rows(tmp_path):
+    """10,000 rows of 9 texts: at most 200 bytes a row, of 2,000 and more as lists."""
+    rows = (
+        {"query": f"q {i}", "pos": [f"{i} {'x' * 200}"], "neg": [f"{i} {'y' * 200}"] * 8}
+        for i in range(10000)
+    )
+    write_rows(tmp_path / "rows.jsonl", rows)
+    entry = {"name": "a", "file": str(tmp_path / "rows.jsonl"), "instruction": "", "stages": [1]}
+    tracemalloc.start()
+    datasets = sampling.read_datasets([entry], 1, settings())
+    positives = sampling.known_positives(datasets)
+    drawn = sampling.rows_of_step(datasets, settings(batch=128), 0)
+    _, peak = tracemalloc.get_traced_memory()
+    listed = list(datasets[0].rows)
+    everything, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(drawn) == 128
+    assert len(positives.texts) == 10000
+    drawn_bytes = 128 * 9 * 300
+    assert peak < 200 * 10000 + drawn_bytes
+    assert everything > 1800 * len(listed)  # control

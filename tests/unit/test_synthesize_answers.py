@@ -155,12 +155,13 @@ def test_address(monkeypatch, ending):
     """The server's address may or may not name the version of the interface."""
     asked = []
 
-    def urlopen(posted, timeout):
-        asked.append(posted.full_url)
+    def ask(connection, method, path, *_):
+        asked.append(f"{connection.host}:{connection.port}{path}")
         raise ConnectionRefusedError
 
-    monkeypatch.setattr(synthesize.urllib.request, "urlopen", urlopen)
+    monkeypatch.setattr(synthesize.HTTPConnection, "connect", lambda connection: None)
+    monkeypatch.setattr(synthesize.HTTPConnection, "request", ask)
     args = Namespace(endpoint="http://host:8000" + ending, model="m", max_tokens=9, timeout=1)
     with pytest.raises(synthesize.Failed, match="^refused: connection error$"):
         synthesize.request(args, "prompt", random.randrange(9))
-    assert asked == ["http://host:8000/v1/chat/completions"]
+    assert asked == ["host:8000/v1/chat/completions"]
