@@ -15,6 +15,8 @@ import sys
 
 from safetensors import SafetensorError
 
+PARENT = os.getppid()  # torchrun, where it started this process
+
 
 class InputError(ValueError):
     """Bad input, told in one line: which file or argument, which field, what was expected."""
@@ -141,14 +143,14 @@ def end(line, status):
     rank = os.environ.get("RANK", "0")
     if status == 2 or rank == "0":
         print(line, file=sys.stderr, flush=True)
-    if rank == "0" and "TORCHELASTIC_RUN_ID" in os.environ:
+    if rank == "0" and "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() == PARENT:
         say_after_torchrun(line)
     sys.exit(status)
 
 
 def say_after_torchrun(line):
     """Prints a line when torchrun has ended, below its long report of the ranks that failed."""
-    alive = f"ps -o stat= -p {os.getppid()} | grep -q '^[^Z]'"  # Z: ended, not yet waited for
+    alive = f"ps -o stat= -p {PARENT} | grep -q '^[^Z]'"  # Z: ended, not yet waited for
     wait = f"while {alive}; do sleep 0.1; done"
     say = 'printf "%s\\n" "$0" >&2'
     subprocess.Popen(["sh", "-c", f"{wait}; {say}", line], start_new_session=True)

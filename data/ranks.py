@@ -9,7 +9,7 @@ import signal
 import torch
 import torch.distributed as dist
 
-from data.commands import InputError
+from data.commands import PARENT, InputError
 
 CPU = torch.device("cpu")
 
@@ -73,7 +73,6 @@ def check_agreement(facts):
 
 # ---- signals
 
-PARENT = os.getppid()
 received = []  # numbers of the signals that have come since `catch_signals`
 
 
