@@ -82,7 +82,8 @@ class Config:
         if self.keep_eos is None:
             self.keep_eos = self.pooling == "eos" and self.add_eos
         if self.max_seq_length is None:
-            self.max_seq_length = min(512, self.max_position_embeddings)
+            self.max_seq_length = 512
+        self.max_seq_length = min(self.max_seq_length, self.max_position_embeddings)
 
 
 # ---- text to tokens

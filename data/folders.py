@@ -265,7 +265,8 @@ def window_of_layers(text, path):
     if set(kinds) != {"sliding_attention"}:
         raise InputError(f"{path}: field 'layer_types': expected one kind of layer, got {kinds}")
     if text.get("is_causal") is False:
-        raise InputError(f"{path}: expected no sliding_window without causal mask, got {window}")
+        expected = "expected no sliding_window without causal mask"
+        raise InputError(f"{path}: field 'is_causal': {expected}, got {window}")
     return window
 
 

@@ -1,10 +1,12 @@
 """LoRA = PEFT: forward pass, gradient, files in both directions; its dropout; merging."""
 
 import json
+import shutil
 
 import peft
 import pytest
 import references as ref
+import safetensors.torch
 import torch
 import transformers
 from compare import TASK, TEXTS, cosine, error_of, gap, random_ids, random_states, states
@@ -243,3 +245,105 @@ def test_adapter_settings_are_not_silently_ignored(base, tmp_path):
         path.write_text(json.dumps(settings | change))
         message = error_of(nvembed.load_adapter, NVEmbed.from_pretrained(base), tmp_path)
         assert str(tmp_path) in message, change
+
+
+VARIANTS = [  # what PEFT computes otherwise, or with another base
+    {"use_rslora": True},
+    {"use_dora": True},
+    {"use_qalora": True},
+    {"fan_in_fan_out": True},
+    {"layers_to_transform": [0]},
+    {"layers_pattern": "layers"},
+    {"modules_to_save": ["embed_tokens"]},
+    {"alpha_pattern": {"q_proj": 64}},
+    {"rank_pattern": {"q_proj": 2}},
+    {"layer_replication": [[0, 2], [1, 3]]},
+    {"lora_bias": True},
+    {"trainable_token_indices": [5]},
+    {"target_parameters": ["x"]},
+    {"bias": "lora_only"},
+    {"revision": "v2"},
+    {"some_field_of_the_future": 1},
+    *[{"init_lora_weights": name} for name in ("pissa", "pissa_niter_4", "olora", "eva", "corda")],
+    *[{"init_lora_weights": name} for name in ("loftq", "lora_ga")],
+]
+
+
+@pytest.mark.parametrize("change", VARIANTS, ids=str)
+def test_variants_of_lora_are_refused_by_name(change, base, tmp_path):
+    nvembed.save_adapter(with_lora(base), tmp_path, base)
+    assert NVEmbed.from_pretrained(tmp_path)  # control
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    message = error_of(NVEmbed.from_pretrained, tmp_path)
+    ((field, value),) = change.items()
+    assert str(path) in message
+    assert f"'{field}': {value!r}" in message
+
+
+def test_all_fields_that_peft_writes_are_known(base, tmp_path):
+    """An adapter as PEFT saves it, with every field that it has, is read."""
+    oracle = transformers.AutoModel.from_pretrained(base, attn_implementation="eager")
+    for start in (True, False, "gaussian", "orthogonal"):
+        config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=start)
+        model = peft.get_peft_model(oracle, config)
+        model.save_pretrained(tmp_path / str(start))
+        assert NVEmbed.from_pretrained(tmp_path / str(start))
+        oracle = model.unload()
+
+
+BASES = [(None, "got None"), ("", "got ''"), ("gone/base", "not a folder"), (7, "got 7")]
+
+
+@pytest.mark.parametrize(("name", "words"), BASES)
+def test_an_adapter_whose_base_is_null_or_gone(name, words, base, tmp_path):
+    nvembed.save_adapter(with_lora(base), tmp_path, base)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": name}))
+    message = error_of(NVEmbed.from_pretrained, tmp_path)
+    assert message.startswith(f"{path}: field 'base_model_name_or_path': ")
+    assert words in message
+
+
+def test_an_adapter_of_an_adapter(base, tmp_path):
+    nvembed.save_adapter(with_lora(base), tmp_path / "a", base)
+    nvembed.save_adapter(with_lora(base), tmp_path / "b", tmp_path / "a")
+    nvembed.save_adapter(with_lora(base), tmp_path / "c", tmp_path / "c")
+    assert "expected a whole model" in error_of(NVEmbed.from_pretrained, tmp_path / "b")
+    assert "expected a whole model" in error_of(NVEmbed.from_pretrained, tmp_path / "c")
+    shutil.copy(base / "model.safetensors", tmp_path / "a")
+    assert "a model or an adapter, got both" in error_of(NVEmbed.from_pretrained, tmp_path / "a")
+
+
+def test_settings_of_add_lora(base):
+    model = NVEmbed.from_pretrained(base)
+    for targets in (["v_porj"], ["q_proj", "v_porj"], "q_proj", [], ["lm_head"]):
+        message = error_of(nvembed.add_lora, model, targets=targets)
+        assert f"targets: expected some of {nvembed.PROJECTIONS}, got {targets}" in message
+    for settings in ({"r": 0}, {"r": -2}, {"alpha": 0}, {"dropout": 1.0}, {"dropout": -0.1}):
+        assert "add_lora: " in error_of(nvembed.add_lora, model, **settings)
+    assert not nvembed.lora_layers(model)
+    nvembed.add_lora(model, targets=["q_proj"])  # control
+    assert len(nvembed.lora_layers(model)) == 3
+
+
+def test_a_model_without_adapter_saves_none(base, tmp_path):
+    message = error_of(nvembed.save_adapter, NVEmbed.from_pretrained(base), tmp_path / "a", base)
+    assert message == "save_adapter: expected a model with an adapter"
+    assert not (tmp_path / "a").exists()
+
+
+def test_adapters_with_nan_are_neither_saved_nor_loaded(base, tmp_path):
+    model, name = with_lora(base), "embedding_model.layers.1.mlp.up_proj.lora_B"
+    nvembed.save_adapter(model, tmp_path / "a", base)
+    with torch.no_grad():
+        model.get_parameter(name)[0, 0] = torch.inf
+    assert f"tensor '{name}': expected finite" in error_of(
+        nvembed.save_adapter, model, tmp_path / "b", base
+    )
+    assert not (tmp_path / "b").exists()
+    file = tmp_path / "a/adapter_model.safetensors"
+    state = safetensors.torch.load_file(file)
+    state[f"base_model.model.{name.removeprefix('embedding_model.')}.weight"][0, 0] = torch.nan
+    safetensors.torch.save_file(state, file)
+    assert f"tensor '{name}': expected finite" in error_of(NVEmbed.from_pretrained, tmp_path / "a")

@@ -8,7 +8,7 @@ import references as ref
 import safetensors.torch
 import torch
 import transformers
-from compare import FAMILIES, TASK, TEXTS, cosine, gap
+from compare import FAMILIES, TASK, TEXTS, cosine, error_of, gap
 from tokenizers import Tokenizer
 
 import nvembed
@@ -188,6 +188,52 @@ def test_saving_in_shards(released, tmp_path, monkeypatch):
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == model.state_dict().keys()
     assert gap(NVEmbed.from_pretrained(tmp_path).encode(TEXTS), model.encode(TEXTS)) == 0
+
+
+def test_saved_files_have_the_mode_of_new_files(released, tmp_path):
+    """safetensors and temporary files are their owner's alone."""
+    model = NVEmbed.from_pretrained(released)
+    nvembed.add_lora(model, r=2)
+    nvembed.save_adapter(model, tmp_path / "m/adapter", released)
+    model.save_pretrained(tmp_path / "m")
+    (tmp_path / "new").touch()
+    usual = (tmp_path / "new").stat().st_mode
+    files = [path for path in (tmp_path / "m").rglob("*") if path.is_file()]
+    assert len(files) == 7
+    assert {path.stat().st_mode for path in files} == {usual}
+
+
+def test_weights_that_are_not_finite_are_not_saved(released, tmp_path):
+    model = NVEmbed.from_pretrained(released)
+    model.save_pretrained(tmp_path / "m", torch.float32)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "m").iterdir()}
+    name = "embedding_model.layers.2.mlp.up_proj.weight"
+    with torch.no_grad():
+        model.get_parameter(name)[3, 4] = torch.inf
+    message = error_of(model.save_pretrained, tmp_path / "m", torch.float32)
+    assert f"tensor '{name}': expected finite numbers" in message
+    assert {path.name: path.read_bytes() for path in (tmp_path / "m").iterdir()} == before
+    error_of(model.save_pretrained, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_save_that_fails_leaves_what_was_there(released, tmp_path, monkeypatch):
+    model = NVEmbed.from_pretrained(released)
+    model.save_pretrained(tmp_path, torch.float32)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    save = folders.save_torch_state_dict
+
+    def full(state, folder, **kind):
+        save({name: state[name] for name in list(state)[:3]}, folder, **kind)
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(folders, "save_torch_state_dict", full)
+    with pytest.raises(OSError, match="space"):
+        model.save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    monkeypatch.undo()
+    model.save_pretrained(tmp_path)  # control: now it does change
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} != before
 
 
 # ---- other layouts

@@ -1,4 +1,12 @@
-"""`encode`: packed = one by one, order, chunks, compiled = eager; `pack`; the fastest dtype."""
+"""`encode`: packed = one by one, order, chunks, compiled = eager; `pack`; the fastest dtype.
+
+Arguments that are wrong; copies of a model; threads; inference mode.
+"""
+
+import copy
+import pickle
+import sys
+import threading
 
 import numpy as np
 import pytest
@@ -112,3 +120,179 @@ def test_pack_keeps_every_text_once_within_the_budget():
     assert sum(sizes, []) == sorted(sum(sizes, []), reverse=True)
     assert nvembed.pack([], 10) == []
     assert "batch_tokens" in error_of(nvembed.pack, tokens, 8)
+
+
+# ---- arguments
+
+
+def test_texts_that_are_no_texts(base):
+    model = NVEmbed.from_pretrained(base)
+    assert "texts[1]: expected a str, got None" in error_of(model.encode, ["a", None, "b"])
+    assert "texts[2]: expected a str, got 3.5" in error_of(model.encode, ["a", "b", 3.5])
+    assert "texts[1]: expected Unicode" in error_of(model.encode, ["a", "half \ud83c"])
+    assert "texts: expected a list of str, got NoneType" in error_of(model.encode, None)
+    assert "texts[0]" in error_of(model.encode, b"bytes")
+    assert "texts[1]" in error_of(model.tokenize, ["a", None])
+
+
+def test_instructions_that_do_not_fit(base):
+    model = NVEmbed.from_pretrained(base)
+    assert "instruction: expected a list of str" in error_of(model.encode, ["a"], None)
+    for tasks in ([], ["x"], ["x", "y", "z"]):
+        message = error_of(model.encode, ["a", "b"], tasks)
+        assert f"instruction: expected a str, or one for each text; got {len(tasks)}" in message
+        assert "for 2 texts" in message
+    assert "instruction[1]: expected a str" in error_of(model.encode, ["a", "b"], ["x", None])
+
+
+def test_texts_of_any_iterable(base):
+    model = NVEmbed.from_pretrained(base)
+    expected = model.encode(TEXTS, TASK)
+    kinds = (
+        tuple(TEXTS),
+        (text for text in TEXTS),
+        np.array(TEXTS),
+        dict.fromkeys(range(7)).keys(),
+    )
+    for texts in kinds[:3]:
+        assert gap(model.encode(texts, TASK), expected) == 0
+    assert "texts[0]" in error_of(model.encode, kinds[3])  # control
+    tasks = (TASK for _ in TEXTS)
+    assert gap(model.encode(TEXTS, tasks), expected) == 0
+
+
+@pytest.mark.parametrize("keep_eos", [False, True])
+def test_lengths_out_of_range(base, keep_eos):
+    model = NVEmbed.from_pretrained(base, keep_eos=keep_eos)  # of 512 positions
+    for length in (0, -1, -100, 513, 10**9, 2.5, "512"):
+        message = error_of(model.encode, ["a", "b"], max_length=length)
+        assert (
+            message == f"max_length: expected from 1 to 512, which the model can read, got {length}"
+        )
+        assert "max_length" in error_of(model.tokenize, ["a"], max_length=length)
+    assert model.encode(["a"], max_length=1).shape == model.encode(["a"], max_length=512).shape
+    for batch_tokens in (0, -1, 2):
+        assert "batch_tokens" in error_of(model.encode, ["a b c"], batch_tokens=batch_tokens)
+
+
+def test_the_length_of_a_text_is_the_folders(base):
+    """512, or what the model can read or its folder says."""
+    text = ["x" * 900]
+    for settings, length in (
+        ({}, 512),
+        ({"max_position_embeddings": 300}, 300),
+        ({"max_position_embeddings": 800}, 512),
+        ({"max_position_embeddings": 800, "max_seq_length": 700}, 700),
+        ({"max_seq_length": 9999}, 512),
+    ):
+        model = NVEmbed.from_pretrained(base, **settings)
+        assert len(model.tokenize(text)[0].ids) == length
+        assert gap(model.encode(text), model.encode(text, max_length=length)) == 0
+
+
+def test_dtype_by_name(base, tmp_path):
+    model = NVEmbed.from_pretrained(base, dtype="bfloat16")
+    assert model.dtype == torch.bfloat16
+    for dtype in ("bf16", "auto", "int8", "Tensor", 16, torch.int64):
+        assert "dtype: expected one of" in error_of(NVEmbed.from_pretrained, base, dtype=dtype)
+        assert "dtype: expected one of" in error_of(model.save_pretrained, tmp_path, dtype)
+    model.save_pretrained(tmp_path, "float32")
+    saved = NVEmbed.from_pretrained(tmp_path, None).state_dict()
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+
+
+# ---- one model in several hands
+
+
+def adapted(base):
+    """A model whose vectors are others in training mode."""
+    model = NVEmbed.from_pretrained(base, pooling="mean")
+    nvembed.add_lora(model, r=4, alpha=64, dropout=0.5)
+    for layer in nvembed.lora_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B, std=0.1)
+    return model
+
+
+def modes(model):
+    return [module.training for module in model.modules()]
+
+
+def test_the_mode_is_restored_whatever_happens(base):
+    model = adapted(base).train()
+    model.embedding_model.layers[1].eval()  # a part may be in another mode
+    before = modes(model)
+    assert {True, False} == set(before)
+    model.encode(["a"])
+    assert modes(model) == before
+    error_of(model.encode, ["a b c"], batch_tokens=1)  # after the mode was changed
+    assert modes(model) == before
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_threads(base, training):
+    """Nine at once: each gets the vectors of eval mode, and the model's mode is what it was."""
+    model = adapted(base).train(training)
+    texts = ["the sun", "a b"]
+    expected = model.encode(texts)
+    found, switch = [], sys.getswitchinterval()
+
+    def work():
+        found.extend(gap(model.encode(texts), expected) for _ in range(30))
+
+    threads = [threading.Thread(target=work) for _ in range(9)]
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(switch)
+    assert len(found) == 9 * 30  # none ended in an error
+    assert max(found) <= 1e-6
+    assert set(modes(model)) == {training}
+    with torch.no_grad():  # control: in training mode the vectors are others
+        assert gap(model.train()(model.tokenize(texts)), expected) > 0.01
+
+
+@pytest.mark.parametrize("pooling", ["latent", "mean"])
+def test_copies_are_the_model(pooling, base):
+    """A literal "</s>" stays text; the fold that `encode` keeps is not taken along for another."""
+    model = NVEmbed.from_pretrained(base, pooling=pooling)
+    texts = ["one </s> two", "<s>"]
+    expected = model.encode(texts, TASK)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other.tokenize(texts) == model.tokenize(texts)
+        assert gap(other.encode(texts, TASK), expected) == 0
+        assert not other.training
+        parsed = copy.deepcopy(model.tokenizer).encode(texts[0], add_special_tokens=False).ids
+        assert 2 in parsed  # control: what a copied tokenizer makes of it
+        assert 2 not in other.tokenize(texts)[0].ids[:-1]
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.mul_(1.5)
+        assert gap(other.encode(texts, TASK), expected) > 1e-3
+        assert gap(model.encode(texts, TASK), expected) == 0
+
+
+def latent_weight(model):
+    return model.latent_attention_model.cross_attend_blocks[0].fn["to_out"].weight
+
+
+def test_inference_mode(base):
+    """Loaded or used in it; a weight that is changed afterwards still changes the vectors."""
+    expected = NVEmbed.from_pretrained(base).encode(TEXTS, TASK)
+    with torch.inference_mode():
+        inside = NVEmbed.from_pretrained(base)
+        assert gap(inside.encode(TEXTS, TASK), expected) == 0
+        latent_weight(inside).mul_(300)
+        changed = inside.encode(TEXTS, TASK)
+    assert gap(changed, expected) > 1e-3
+    assert gap(inside.encode(TEXTS, TASK), changed) == 0
+    outside = NVEmbed.from_pretrained(base)
+    with torch.inference_mode():
+        assert gap(outside.encode(TEXTS, TASK), expected) == 0
+    assert gap(outside.encode(TEXTS, TASK), expected) == 0
+    with torch.no_grad():
+        latent_weight(outside).mul_(300)
+    assert gap(outside.encode(TEXTS, TASK), changed) == 0

@@ -1,7 +1,9 @@
 """eval.py: mteb's numbers against ours, who is instructed, what is run again, the table."""
 
 import gzip
+import json
 import math
+import shlex
 import shutil
 from types import SimpleNamespace
 
@@ -13,7 +15,8 @@ from small_suite import TASKS, TOPICS, FakeModel, cells, error, local, output, s
 
 import data.tasks
 import eval as evaluation
-from data.files import read_json
+from data.files import read_json, write_json
+from experiments import ablate
 
 MODEL = ("--model", "model")
 
@@ -201,6 +204,97 @@ def test_bad_input(suite, monkeypatch, capsys):
     message = error(monkeypatch, capsys)
     assert "--model: expected a folder or hub id; there is no runs/stage1 or stage2" in message
     assert not suite.calls
+
+
+ODD = [  # arguments, words of the one line
+    (("--model", ""), "model: expected a folder or hub id, got ''"),
+    (("--model", ":mean"), "model: expected a folder or hub id, got ''"),
+    (("--model", "eval/sts.jsonl.gz"), "expected a folder, got a file"),
+    ((*MODEL, "--limit", "0"), "--limit: expected a number in [1, inf), got 0"),
+    ((*MODEL, "--limit", "-1"), "--limit: expected a number in [1, inf), got -1"),
+    ((*MODEL, "--limit", "x"), "argument --limit: invalid int value: 'x'"),
+    ((*MODEL, "--max-length", "0"), "--max-length: expected a number in [1, inf), got 0"),
+    ((*MODEL, "--dtype", "int8"), "argument --dtype: invalid choice"),
+    ((*MODEL, "--colour", "red"), "unrecognized arguments: --colour red"),
+    ((*MODEL, "--out", "eval/sts.jsonl.gz"), "File exists"),
+    ((*MODEL, "--suite", "empty"), "empty: expected SPLIT_qrels.jsonl"),
+    (("--model", "adapter"), "expected an adapter that says how to pool"),
+]
+
+
+@pytest.mark.parametrize(("args", "words"), ODD, ids=str)
+def test_odd_arguments_are_one_line(args, words, suite, monkeypatch, capsys):
+    evaluation.Path("empty").mkdir()
+    write_adapter("adapter", "model")
+    assert words in error(monkeypatch, capsys, "--task", "sts", *args)
+    assert not suite.calls
+
+
+def write_adapter(folder, base):
+    folder = evaluation.Path(folder)
+    folder.mkdir()
+    write_json(folder / "adapter_config.json", {"base_model_name_or_path": base})
+    (folder / "adapter_model.safetensors").write_bytes(b"weights of an adapter")
+
+
+def test_results_of_an_adapter_depend_on_its_base(suite, monkeypatch, capsys):
+    """It is refused where neither says how to pool; told how, it is one more model."""
+    write_adapter("adapter", "model")
+    how = ("--task", "sts", "--model", "adapter:mean:causal")
+
+    def encodes():
+        suite.calls.clear()
+        output(monkeypatch, capsys, *how)
+        return len(suite.calls)
+
+    assert encodes() == 2
+    assert encodes() == 0
+    for file in ("model/model.safetensors", "adapter/adapter_model.safetensors"):
+        evaluation.Path(file).write_bytes(b"other weights")
+        assert encodes() == 2
+        assert encodes() == 0
+    write_json("model/config.json", {"model_type": "llama", "pooling": "eos"})
+    output(monkeypatch, capsys, "--task", "sts", "--model", "adapter")  # now its base says how
+
+
+def test_results_of_a_clone_of_e5_depend_on_its_pooling(suite, monkeypatch, capsys):
+    """1_Pooling is neither a run by seed nor left out of what the model is."""
+    evaluation.Path("model/1_Pooling").mkdir()
+    write_json("model/1_Pooling/config.json", {"pooling_mode": "lasttoken"})
+    path = evaluation.Path("model/modules.json")
+    kind = "sentence_transformers.models.Pooling"
+    path.write_text(json.dumps([{"idx": 1, "name": "1", "path": "1_Pooling", "type": kind}]))
+    first = evaluation.Encoder("model")
+    assert not first.is_peer
+    assert ablate.runs_by_seed("model:int8") == ["model:int8"]
+    write_json("model/1_Pooling/config.json", {"pooling_mode": "mean"})
+    again = evaluation.Encoder("model").mteb_model_meta.revision
+    assert again != first.mteb_model_meta.revision
+    assert evaluation.Encoder("model").mteb_model_meta.revision == again
+
+
+def examples(text, command):
+    """The examples of a help text: lists of arguments, without the command."""
+    lines = [line.strip() for line in text.splitlines() if f" {command}" in line]
+    words = [
+        shlex.split(line, comments=True) for line in lines if line.startswith(("py", "torchr"))
+    ]
+    return [line[line.index(command) + 1 :] for line in words]
+
+
+def test_examples_of_the_help_run(suite, monkeypatch, capsys):
+    """Each with the fake model in every place, the benchmark's with the small sets."""
+    shutil.copytree("model", "runs/stage2")
+    monkeypatch.setattr(evaluation, "resolve", lambda name: "model")
+    small = SimpleNamespace(tasks=data.tasks.local_tasks())
+    monkeypatch.setattr(data.tasks.mteb, "get_benchmark", lambda name: small)
+    found = examples(evaluation.__doc__, "eval.py")
+    assert len(found) == 3
+    for number, args in enumerate(found):
+        rows = shown(monkeypatch, capsys, *args, "--out", f"out{number}")
+        assert "mean" in rows
+    assert rows["task"][1].startswith("nvidia/NV-Embed-v2")
+    assert examples("x\n    python eval.py --a 'b c'  # d\n", "eval.py") == [["--a", "b c"]]
 
 
 def test_the_last_run_is_the_default(suite, monkeypatch, capsys):

@@ -97,6 +97,63 @@ def test_the_hub_cannot_be_reached():
     assert "no/such-model" in error_of(NVEmbed.from_pretrained, "no/such-model")
 
 
+def test_names_that_are_no_models(base):
+    for path in (None, "", 3, ["a"]):
+        message = error_of(NVEmbed.from_pretrained, path)
+        assert message == f"model: expected a folder or hub id, got {path!r}"
+    file = base / "model.safetensors"
+    assert (
+        error_of(NVEmbed.from_pretrained, file) == f"model '{file}': expected a folder, got a file"
+    )
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("device", ["cpu", None])
+def test_weights_that_are_not_finite(value, device, folder):
+    name = "embedding_model.norm.weight"
+
+    def change(state):
+        state[name][7] = value
+
+    edit_shard(folder, change, 2)
+    message = error_of(NVEmbed.from_pretrained, folder, device)
+    assert message == f"{folder}: tensor '{name}': expected finite numbers"
+
+
+def test_large_weights_are_finite(folder):
+    """Control: their sum overflows, they do not."""
+    edit_shard(folder, lambda state: state["embedding_model.norm.weight"].fill_(3e38), 2)
+    assert NVEmbed.from_pretrained(folder)
+    assert torch.full((64,), 3e38).sum().isinf()
+
+
+def test_an_override_is_told_where_the_folder_states_another(folder, capsys):
+    for settings, line in (
+        ({}, ""),
+        ({"causal": False, "pooling": "latent"}, ""),  # it states neither
+        ({"max_position_embeddings": 100}, f"{folder}: max_position_embeddings 512 -> 100\n"),
+        ({"max_position_embeddings": 512}, ""),
+        ({"mask_instruction": False}, f"{folder}: mask_instruction True -> False\n"),
+    ):
+        NVEmbed.from_pretrained(folder, **settings)
+        assert capsys.readouterr().err == line
+    edit_config(folder, "text_config", causal=True, pooling="eos")
+    capsys.readouterr()
+    NVEmbed.from_pretrained(folder, causal=False, pooling="latent")
+    assert capsys.readouterr().err == f"{folder}: causal True -> False, pooling eos -> latent\n"
+
+
+def test_what_is_fresh_or_dropped_is_named_and_counted(base, capsys):
+    NVEmbed.from_pretrained(base)
+    (line,) = capsys.readouterr().err.splitlines()
+    fresh, dropped = line.removeprefix(f"{base}: ").split("; ")
+    assert fresh.startswith("fresh: latent_attention_model.latents, ")
+    assert fresh.endswith(" and 12 more")
+    assert dropped == "dropped: embedding_model.lm_head.weight"
+    NVEmbed.from_pretrained(base, pooling="mean")
+    assert "fresh: none; dropped: embedding_model.lm_head" in capsys.readouterr().err
+
+
 # ---- config.json
 
 BAD_TEXT_CONFIG = {
@@ -110,6 +167,10 @@ BAD_TEXT_CONFIG = {
     "causal": "yes",
     "pooling": "max",
     "quantize": "int4",  # weights that version 1 rounded
+    "quantization_config": {"quant_method": "gptq"},
+    "partial_rotary_factor": 0.5,
+    "is_causal": False,  # with a window
+    "layer_types": ["full_attention", "sliding_attention", "full_attention"],
 }
 
 

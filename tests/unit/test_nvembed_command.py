@@ -1,7 +1,11 @@
 """python nvembed.py: the model card's example with the default base or a model of one's own."""
 
+import os
+import shutil
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -67,3 +71,46 @@ def test_command_in_a_process_of_its_own():
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ")
     assert "nosuchfolder" in line
+
+
+def test_examples_of_the_help_run(released, monkeypatch, capsys):
+    """With a tiny model in the place of the default base and of the run."""
+    lines = [line.strip() for line in nvembed.__doc__.splitlines() if "python nvembed" in line]
+    monkeypatch.setattr("data.base.resolve", lambda name: asked.append(name) or str(released))
+    asked = []
+    for line in lines:
+        command = line.split("  ")[0]
+        run(monkeypatch, *command.split()[2:])
+        scores_of(capsys.readouterr().out)
+    assert asked == ["smollm2", "runs/stage2"]
+
+
+READ_ONLY = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+from nvembed import NVEmbed
+from data.folders import content_hash
+os.setuid(65534)  # nobody, who may not even read where Python is
+try:
+    open(sys.argv[2] + "/new", "w")
+except OSError:
+    print("read-only")
+print(NVEmbed.from_pretrained(sys.argv[2]).encode(["a"]).shape, len(content_hash(sys.argv[2])))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.getuid() != 0, reason="another user's rights are needed")
+def test_a_model_that_may_only_be_read(released):
+    """As another user, who may not write the folder or a file of it."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as place:
+        os.chmod(place, 0o755)
+        folder = shutil.copytree(released, f"{place}/m")
+        for path in Path(folder).iterdir():
+            path.chmod(0o444)
+        os.chmod(folder, 0o555)
+        line = [sys.executable, "-c", READ_ONLY, str(ROOT), folder]
+        environment = os.environ | {"HOME": place}
+        done = subprocess.run(line, capture_output=True, text=True, check=False, env=environment)
+        os.chmod(folder, 0o755)
+    assert done.stdout == "read-only\n(1, 64) 16\n", done.stderr

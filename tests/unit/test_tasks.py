@@ -163,6 +163,29 @@ def test_a_folder_in_air_benchs_layout(suite, air, monkeypatch, capsys):
     assert (QUESTION, [documents[1]]) in suite.calls
 
 
+def test_results_of_a_folder_depend_on_all_its_files(suite, air, monkeypatch, capsys):
+    how = ("--suite", air, "--task", "qa_web_en-AIR-Bench_24-05-default-dev_qrels")
+
+    def encodes():
+        suite.calls.clear()
+        output(monkeypatch, capsys, *how, "--model", "model")
+        return len(suite.calls)
+
+    assert encodes() == 2
+    assert encodes() == 0
+    (folder,) = air.glob("qa*/*/default")
+    (folder / "other.jsonl").write_text("not of the task")
+    assert encodes() == 0  # control
+    for name in ("corpus", "dev_queries"):
+        path = folder / f"{name}.jsonl"
+        path.write_text(path.read_text().replace("star", "moon").replace("moon 1", "cloud 1"))
+        assert encodes() == 2
+        assert encodes() == 0
+    path.unlink()
+    message = error(monkeypatch, capsys, *how, "--model", "model")
+    assert "dev_qrels.jsonl: expected dev_queries.jsonl beside it" in message
+
+
 def test_bad_files_of_air_bench(suite, air, monkeypatch, capsys):
     command = ("--suite", air, "--model", "model")
     qrels = next(air.rglob("qa*/**/dev_qrels.jsonl"))
