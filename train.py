@@ -51,8 +51,8 @@ from data.recipes import read_recipe, stage_settings
 from data.rows import text_id
 from data.runs import RunLog, check_loss, checkpoint, fingerprint, load_tensors, print_sizes
 from data.runs import is_finished, resume, run_folder, save_checkpoint, trained, whole
-from data.sampling import check_batch, draw_documents, draw_rows, known_positives, read_datasets
-from data.sampling import rows_of_step, shuffled_places
+from data.sampling import check_batch, check_prompts, draw_documents, draw_rows
+from data.sampling import known_positives, read_datasets, rows_of_step, shuffled_places
 from nvembed import NVEmbed, pack
 
 
@@ -437,6 +437,7 @@ def train(run, init, datasets, s, device, teacher_name=None, tensorboard=None):
     check_agreement(settings)
     model, base = build(init, s, device)
     s = replace(s, micro_tokens=choose_micro_tokens(model, s))
+    check_prompts(datasets, model.tokenize, s.max_length)
     teacher = None
     if s.distill:
         teacher = place(load(teacher_name, s, device), s, device)

@@ -508,6 +508,9 @@ def released_code_can_read(fields):
     return not any(fields[name] for name in ours)
 
 
+WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+
+
 def write_model(path, state, fields, tokenizer):
     """Writes a folder in the released layout: tensors by name, Config's fields, the tokenizer.
 
@@ -521,8 +524,9 @@ def write_model(path, state, fields, tokenizer):
     with tempfile.TemporaryDirectory(dir=path, prefix=".weights.") as folder, locked(folder):
         save_torch_state_dict(state, folder, max_shard_size="5GB")
         (path / "config.json").unlink(missing_ok=True)
-        for old in (*path.glob("model*.safetensors"), *path.glob("model.safetensors.index.json")):
-            old.unlink()
+        for old in path.iterdir():
+            if WEIGHTS.fullmatch(old.name):
+                old.unlink()
         for new in Path(folder).iterdir():
             share(new)
             os.replace(new, path / new.name)

@@ -168,6 +168,11 @@ class Rows(Sequence):
         return self.file.where(self.numbers[i])
 
     @property
+    def longest_prompt(self):
+        """Bytes of the longest "prompt" of any row of the file."""
+        return self.file.longest_prompt
+
+    @property
     def digest(self):
         """Hash of all rows of the file, gzipped or not."""
         return self.file.digest
@@ -179,6 +184,7 @@ class RowFile:
     def __init__(self, path, check):
         self.path = path
         self.check = check
+        self.longest_prompt = 0  # in bytes
         starts, hashes, content = array("q"), array("q"), hashlib.sha256()
         with reading(path):
             file = plain_file(path)

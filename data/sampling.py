@@ -12,6 +12,8 @@ import numpy as np
 from data.commands import InputError
 from data.rows import KnownPositives, Rows, read_rows, text_id  # text_id: for train.py
 
+TEMPLATE = 24  # tokens, at most, of what an instruction stands in
+
 
 @dataclass
 class Dataset:
@@ -59,6 +61,29 @@ def read_datasets(entries, stage, s, mined=None):
     if not datasets:
         raise InputError(f"recipe: expected a data set of stage {stage}, got none")
     return datasets
+
+
+def check_prompts(datasets, tokenize, max_length):
+    """Refuses an instruction that leaves no room for a text, and names its row.
+
+    A token has at least a byte, so that rows are read only where one may be too long.
+    """
+    for dataset in datasets:
+        longest = max(len(dataset.instruction.encode()), dataset.rows.longest_prompt)
+        if longest + TEMPLATE < max_length:
+            continue
+        fitting = set()
+        for rows in (dataset.rows, dataset.held_out):
+            for i, row in enumerate(rows):
+                prompt = row.get("prompt", dataset.instruction)
+                if prompt in fitting:
+                    continue
+                try:
+                    tokenize([row["query"]], prompt, max_length)
+                except InputError as error:
+                    where = rows.where(i)
+                    raise InputError(f"{where}: field 'prompt': {error}") from error
+                fitting.add(prompt)
 
 
 def check_batch(datasets, batch, ranks):

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import nvembed
 import train
-from data import runs
+from data import folders, runs
 from data.runs import checkpoint
 
 KILLS = int(os.environ.get("NVEMBED_TEST_KILLS", 3))
@@ -261,7 +261,7 @@ def test_disk_full_keeps_the_last_checkpoint(recipe, stopped, whole, tmp_path):
 
 def test_disk_full_at_the_export(recipe, unexported, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(nvembed, "save_torch_state_dict", full)
+        patch.setattr(folders, "save_torch_state_dict", full)
         assert "No space left on device" in told(command(recipe, "--out", unexported))
     assert command(recipe, "--out", unexported)[0] == 0
     assert (unexported / "config.json").exists()

@@ -288,6 +288,22 @@ def test_budget_below_a_text_is_found_before_training(recipe, tmp_path):
     assert not (tmp_path / "run" / "latest").exists()
 
 
+@pytest.mark.parametrize("words", (40, 400))
+def test_a_prompt_that_leaves_no_room(recipe, tmp_path, words):
+    """Found before the first step; one that just fits is no error."""
+    rows = some_rows(40)
+    rows[17]["prompt"] = "x " * (words // 2)
+    own = tmp_path / "my.jsonl"
+    write_rows(own, rows)
+    flags = ("--data", own, "--out", tmp_path / "run", "--steps", 1, "--max-length", 64)
+    if words == 400:
+        line = told(command(recipe, *flags))
+        assert f"{own}:18: field 'prompt': max_length 64: expected more ids" in line
+        assert not (tmp_path / "run" / "log.jsonl").exists()
+    else:
+        assert command(recipe, *flags)[0] == 0
+
+
 BAD_SETTINGS = [
     ("stepz", 3, "stages.1: unknown setting 'stepz'"),
     ("steps", "3", "stages.1.steps: expected int, got '3'"),
