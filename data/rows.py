@@ -198,7 +198,9 @@ class RowFile:
                 line = bare(line)
                 if line:
                     where = f"{path}:{number}"
-                    check(parse_object(line, where), where)
+                    row = check(parse_object(line, where), where)
+                    prompt = len(row.get("prompt", "").encode())
+                    self.longest_prompt = max(self.longest_prompt, prompt)
                     starts.append(start)
                     hashes.append(hash64(line))
                     content.update(line + b"\n")
