@@ -45,7 +45,7 @@ from data.commands import Flags, InputError, check_ranges, run_command
 from data.files import ROOT, read_json
 from data.folders import local_folder
 from data.machine import choose_micro_tokens, describe_machine, measure_peak, speed
-from data.ranks import Stopped, all_reduce, catch_signals, check_agreement, check_stop
+from data.ranks import Stopped, all_gather, all_reduce, catch_signals, check_agreement, check_stop
 from data.ranks import init_ranks, leave_ranks, print0, rank, world_size
 from data.recipes import read_recipe, stage_settings
 from data.rows import text_id
@@ -83,7 +83,7 @@ class Settings:
     dtype: str = "auto"  # of the frozen base and the arithmetic; trained weights are fp32
     export_dtype: str = "bfloat16"
     recompute: bool = False  # activation checkpointing: a block keeps only its input
-    compile: bool = False  # torch.compile of the blocks around attention
+    compile: bool = True  # torch.compile of the blocks around attention
     shard_ranks: int = 0  # ranks that share one copy of the weights, say a node's; 0: all
     distill: float = 0.0  # weight of the distillation from --teacher
     keep_zeros: bool = False  # zeros of a pruned decoder stay zero
@@ -190,9 +190,7 @@ class AllGather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        out = x.new_empty(world_size() * len(x), *x.shape[1:])
-        dist.all_gather_single(out, x.contiguous())
-        return out
+        return all_gather(x)
 
     @staticmethod
     def backward(ctx, grad):
