@@ -46,7 +46,7 @@ from data.files import ROOT, read_json
 from data.folders import local_folder
 from data.machine import choose_micro_tokens, describe_machine, measure_peak, speed
 from data.ranks import Stopped, all_gather, all_reduce, catch_signals, check_agreement, check_stop
-from data.ranks import init_ranks, leave_ranks, print0, rank, world_size
+from data.ranks import init_ranks, leave_ranks, make_mesh, print0, rank, world_size
 from data.recipes import read_recipe, stage_settings
 from data.rows import text_id
 from data.runs import RunLog, check_loss, checkpoint, fingerprint, load_tensors, print_sizes
@@ -391,7 +391,7 @@ def pooling_layer(model):
 
 def place(model, s, device, sharded=True):
     """Moves a model to its device and keeps this rank's shard of it (FSDP2), block by block."""
-    mesh = make_mesh(device, s) if sharded and world_size() > 1 else None
+    mesh = make_mesh(device, s.shard_ranks) if sharded and world_size() > 1 else None
     for module in [*model.embedding_model.layers, *pooling_layer(model), model]:
         for parameter in module.parameters():
             if not isinstance(parameter, DTensor):
@@ -400,18 +400,6 @@ def place(model, s, device, sharded=True):
         if mesh is not None:
             fully_shard(module, mesh=mesh)
     return model
-
-
-def make_mesh(device, s):
-    """All ranks share one copy of the weights, or each group of shard_ranks has its own."""
-    group = s.shard_ranks or world_size()
-    if world_size() % group != 0:
-        ranks = f"the {world_size()} ranks"
-        raise InputError(f"shard_ranks: expected a divisor of {ranks}, got {group}")
-    if group == world_size():
-        return dist.init_device_mesh(device.type, (group,), mesh_dim_names=("shard",))
-    shape = (world_size() // group, group)
-    return dist.init_device_mesh(device.type, shape, mesh_dim_names=("copy", "shard"))
 
 
 # ---- the loop
