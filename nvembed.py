@@ -15,6 +15,8 @@ The paper's r is R here, and F.linear and the like are torch.nn.functional's. Ma
 use. Modules and parameters have the names of the released weights.
 """
 
+import data.threads  # before torch
+
 import functools
 import inspect
 import itertools

@@ -25,6 +25,8 @@ Shapes, beside those of nvembed.py:
     M = B L documents       N hard negatives of a row   P known positives of a query
 """
 
+import data.threads  # before torch
+
 import argparse
 import math
 import time
