@@ -73,6 +73,7 @@ class Settings:
     weight_decay: float = 0.03
     clip: float = 1.0  # largest norm of the gradient
     temperature: float = 0.02
+    false_negatives: float = 2.0  # a negative whose cosine is more above the positive's; 2: off
     max_length: int = 512  # tokens of a text
     micro_tokens: int = 0  # tokens of a micro-batch, which bounds memory; 0: as many as fit
     lora_rank: int = 16  # r, the paper's; 0: all weights are trained
@@ -147,26 +148,29 @@ def make_batch(model, rows, s, positives):
 # ---- loss
 
 
-def info_nce(q_bD, d_BLD, batch, temperature, in_batch):
+def info_nce(q_bD, d_BLD, batch, s):
     """InfoNCE (section 3.3) of this rank's queries against all documents -> loss, accuracy.
 
     q_bD (b, D) and d_BLD (B, L, D) are unit vectors; loss and accuracy are scalars. A row's target
     is its column 0. Its negatives are all other columns of the batch or, without `in_batch`, its
-    own hard negatives; never padding, nor a text that is a known positive of its query.
+    own hard negatives; never padding, nor a text that is a known positive of its query, nor one
+    that is above its target by more than `false_negatives` (Qwen3-Embedding, arXiv 2506.05176).
     """
     columns = d_BLD.shape[1]  # L
-    scores = q_bD @ d_BLD.flatten(0, 1).T / temperature  # (b, M)
+    cosines = q_bD @ d_BLD.flatten(0, 1).T  # (b, M)
     document_ids = batch.document_ids.flatten()[None, :, None]  # (1, M, 1)
     positive_ids = batch.positive_ids[batch.own_rows][:, None, :]  # (b, 1, P)
     is_positive = (document_ids == positive_ids).any(dim=-1)  # (b, M)
     use = batch.valid.flatten() & ~is_positive
-    if not in_batch:
+    if not s.in_batch:
         row_of_column = torch.arange(len(batch.valid)).repeat_interleave(columns)  # (M,)
         use &= batch.own_rows[:, None] == row_of_column
     target = batch.own_rows * columns  # (b,) where column 0 of a row is
     use[torch.arange(len(target)), target] = True  # a known positive, and the one to find
-    scores = scores.masked_fill(~use.to(scores.device), -torch.inf)
-    target = target.to(scores.device)
+    use, target = use.to(cosines.device), target.to(cosines.device)
+    positive = cosines.gather(1, target[:, None])  # (b, 1)
+    use &= ~(cosines > positive + s.false_negatives)  # NaN is not above: it stays and is seen
+    scores = (cosines / s.temperature).masked_fill(~use, -torch.inf)
     accuracy = (scores.argmax(dim=1) == target).float().mean()
     return F.cross_entropy(scores, target), accuracy
 
@@ -223,7 +227,7 @@ def distillation(embeddings, batch, s):
 def batch_loss(embeddings, batch, s):
     """Embeddings of batch.tokens -> loss and accuracy of this rank's rows."""
     q_bD, d_BLD = queries_and_documents(embeddings, batch)
-    loss, accuracy = info_nce(q_bD, d_BLD, batch, s.temperature, s.in_batch)
+    loss, accuracy = info_nce(q_bD, d_BLD, batch, s)
     if batch.teacher is not None:
         loss = loss + distillation(embeddings, batch, s)
     return loss, accuracy

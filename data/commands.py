@@ -50,6 +50,7 @@ RANGES = {  # name: its interval, a round bracket leaving out its end
     "weight_decay": "[0, inf)",
     "clip": "(0, inf]",
     "temperature": "(0, inf)",
+    "false_negatives": "[0, 2]",
     "max_length": "[1, inf)",
     "micro_tokens": "[0, inf)",
     "lora_rank": "[0, inf)",
