@@ -25,10 +25,9 @@ Shapes, beside those of nvembed.py:
     M = B L documents       N hard negatives of a row   P known positives of a query
 """
 
-import argparse
 import math
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -43,17 +42,16 @@ import nvembed
 from data.base import resolve
 from data.commands import Flags, InputError, check_ranges, run_command
 from data.files import ROOT, read_json
-from data.folders import local_folder
 from data.machine import choose_micro_tokens, describe_machine, measure_peak, speed
 from data.ranks import Stopped, all_reduce, catch_signals, check_agreement, check_stop
-from data.ranks import init_ranks, leave_ranks, print0, rank, world_size
+from data.ranks import init_ranks, leave_ranks, make_mesh, print0, rank, world_size
 from data.recipes import read_recipe, stage_settings
 from data.rows import text_id
-from data.runs import RunLog, check_loss, checkpoint, fingerprint, load_tensors, print_sizes
-from data.runs import is_finished, resume, run_folder, save_checkpoint, trained, whole
+from data.runs import RunLog, check_loss, checkpoint, content, is_finished, load_tensors
+from data.runs import print_sizes, resume, run_folder, save_checkpoint, trained, whole
 from data.sampling import check_batch, check_prompts, draw_documents, draw_rows
 from data.sampling import known_positives, read_datasets, rows_of_step, shuffled_places
-from nvembed import NVEmbed, pack
+from nvembed import NVEmbed, check_dims, pack, shorten
 
 
 @dataclass
@@ -74,6 +72,9 @@ class Settings:
     clip: float = 1.0  # largest norm of the gradient
     temperature: float = 0.02
     false_negatives: float = 2.0  # a negative whose cosine is more above the positive's; 2: off
+    dims: list = field(
+        default_factory=list
+    )  # also trained: the first so many of a vector's numbers
     max_length: int = 512  # tokens of a text
     micro_tokens: int = 0  # tokens of a micro-batch, which bounds memory; 0: as many as fit
     lora_rank: int = 16  # r, the paper's; 0: all weights are trained
@@ -225,9 +226,18 @@ def distillation(embeddings, batch, s):
 
 
 def batch_loss(embeddings, batch, s):
-    """Embeddings of batch.tokens -> loss and accuracy of this rank's rows."""
+    """Embeddings of batch.tokens -> loss and accuracy of this rank's rows.
+
+    With `dims` the loss is the mean of those of the vectors' first so many numbers and of the whole
+    (Matryoshka, Kusupati et al. 2022). The accuracy, and what `distill` adds, are the whole's.
+    """
     q_bD, d_BLD = queries_and_documents(embeddings, batch)
-    loss, accuracy = info_nce(q_bD, d_BLD, batch, s)
+    widths = sorted({*s.dims, embeddings.shape[1]})  # the whole comes last
+    loss = 0
+    for dims in widths:
+        q, d = shorten(q_bD, dims), shorten(d_BLD, dims)
+        contrast, accuracy = info_nce(q, d, batch, s)
+        loss = loss + contrast / len(widths)
     if batch.teacher is not None:
         loss = loss + distillation(embeddings, batch, s)
     return loss, accuracy
@@ -397,7 +407,7 @@ def pooling_layer(model):
 
 def place(model, s, device, sharded=True):
     """Moves a model to its device and keeps this rank's shard of it (FSDP2), block by block."""
-    mesh = make_mesh(device, s) if sharded and world_size() > 1 else None
+    mesh = make_mesh(device, s.shard_ranks) if sharded and world_size() > 1 else None
     for module in [*model.embedding_model.layers, *pooling_layer(model), model]:
         for parameter in module.parameters():
             if not isinstance(parameter, DTensor):
@@ -406,18 +416,6 @@ def place(model, s, device, sharded=True):
         if mesh is not None:
             fully_shard(module, mesh=mesh)
     return model
-
-
-def make_mesh(device, s):
-    """All ranks share one copy of the weights, or each group of shard_ranks has its own."""
-    group = s.shard_ranks or world_size()
-    if world_size() % group != 0:
-        ranks = f"the {world_size()} ranks"
-        raise InputError(f"shard_ranks: expected a divisor of {ranks}, got {group}")
-    if group == world_size():
-        return dist.init_device_mesh(device.type, (group,), mesh_dim_names=("shard",))
-    shape = (world_size() // group, group)
-    return dist.init_device_mesh(device.type, shape, mesh_dim_names=("copy", "shard"))
 
 
 # ---- the loop
@@ -440,6 +438,8 @@ def train(run, init, datasets, s, device, teacher_name=None, tensorboard=None):
     settings = asdict(s) | {"content": content(init, teacher_name, datasets)}
     check_agreement(settings)
     model, base = build(init, s, device)
+    for dims in s.dims:
+        check_dims(dims, model.config)
     s = replace(s, micro_tokens=choose_micro_tokens(model, s))
     check_prompts(datasets, model.tokenize, s.max_length)
     teacher = None
@@ -484,15 +484,6 @@ def train(run, init, datasets, s, device, teacher_name=None, tensorboard=None):
     if rank() == 0:
         export(run, s, datasets, device)
     leave_ranks()
-
-
-def content(init, teacher, datasets):
-    """What a run is made of, beside its settings: the same name may stand for another content."""
-    found = {f"rows of {data.name}": data.digest for data in datasets}
-    for part, name in (("init", init), ("teacher", teacher)):
-        if name:
-            found[part] = fingerprint(local_folder(resolve(name)))
-    return found
 
 
 def save(run, step, record, model, optimizer, base, settings):
@@ -599,12 +590,7 @@ def parse_flags():
     flag("--mined", help="folder of mine.py's output, used where it has a data set's file")
     flag("--restart", action="store_true", help="begin anew, removing an earlier run in --out")
     flag("--tensorboard", metavar="DIR", help="also write log.jsonl's figures for tensorboard")
-    for field in fields(Settings):
-        name = "--" + field.name.replace("_", "-")
-        if field.type is bool:
-            flag(name, action=argparse.BooleanOptionalAction, default=None)
-        else:
-            flag(name, type=field.type, default=None)
+    parser.add_settings(Settings)
     return parser.parse_args()
 
 

@@ -53,6 +53,18 @@ def init_ranks():
     return device
 
 
+def make_mesh(device, shard_ranks):
+    """All ranks share one copy of the weights, or each group of shard_ranks has its own."""
+    group = shard_ranks or world_size()
+    if world_size() % group != 0:
+        ranks = f"the {world_size()} ranks"
+        raise InputError(f"shard_ranks: expected a divisor of {ranks}, got {group}")
+    if group == world_size():
+        return dist.init_device_mesh(device.type, (group,), mesh_dim_names=("shard",))
+    shape = (world_size() // group, group)
+    return dist.init_device_mesh(device.type, shape, mesh_dim_names=("copy", "shard"))
+
+
 def leave_ranks():
     if world_size() > 1:
         dist.barrier()

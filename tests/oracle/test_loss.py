@@ -116,6 +116,28 @@ def test_false_negatives_are_off_by_default():
     assert train.batch_loss(e, batch, on)[0] < plain  # control
 
 
+def test_with_dims_the_loss_is_the_mean_over_prefixes():
+    """Each prefix of unit length again, and the whole, once; accuracy is the whole's."""
+    rows, plain = tangled_rows(2), settings(temperature=0.1, false_negatives=0.2)
+    s = replace(plain, dims=[5, 2, 8, 5])
+    batch = a_batch(TEXTS, rows, s)
+    e = unit_vectors(len(batch.tokens))
+    loss, accuracy = train.batch_loss(e, batch, s)
+    prefixes = [e[:, :width] / e[:, :width].norm(dim=1, keepdim=True) for width in (2, 5)]
+    losses = [double_loop(x, batch, rows, s) for x in (*prefixes, e)]
+    expected = sum(losses) / 3
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    (ours,) = torch.autograd.grad(loss, e, retain_graph=True)
+    (theirs,) = torch.autograd.grad(expected, e)
+    assert (ours - theirs).norm() <= 1e-10 * theirs.norm()
+    whole, its_accuracy = train.batch_loss(e, batch, plain)
+    assert accuracy == its_accuracy and whole == losses[2]
+    accuracies = {train.batch_loss(x, batch, plain)[1].item() for x in prefixes}
+    assert accuracies != {accuracy.item()}  # control: a prefix's would be another
+    unnormed = [double_loop(e[:, :width], batch, rows, s) for width in (2, 5, 8)]
+    assert abs(sum(unnormed) / 3 - loss) > 0.1  # control
+
+
 def test_other_rows_are_negatives_only_in_batch():
     rows = some_rows(5)
     on = settings(in_batch=True, temperature=0.5)

@@ -91,6 +91,16 @@ def test_false_negatives_on_two_ranks(gradients, alone):
     assert worst(one, control) > 1e-2
 
 
+def test_dims_on_two_ranks(gradients, alone):
+    """The gradient of prefixes comes back from the documents of other ranks."""
+    on = {"settings": {"dims": [8, 32]}}
+    (one,) = gradients(1, [on])
+    two, control = gradients(2, [on, on | {"control": "gather"}])
+    assert worst(one, two) <= 1e-5
+    torch.testing.assert_close(two["loss"], one["loss"], rtol=1e-5, atol=0)
+    assert min(worst(one, alone[0]), worst(one, control)) > 1e-2
+
+
 def test_cached_is_plain_under_fsdp(gradients):
     """With dropout, on ranks whose numbers of micro-batches differ; without its replay it fails."""
     on = {"settings": {"lora_dropout": 0.1}}
