@@ -46,8 +46,8 @@ from data.commands import Flags, InputError, check_ranges, run_command
 from data.files import ROOT, read_json
 from data.folders import local_folder
 from data.machine import choose_micro_tokens, describe_machine, measure_peak, speed
-from data.ranks import Stopped, all_reduce, catch_signals, check_agreement, check_stop
-from data.ranks import init_ranks, leave_ranks, print0, rank, world_size
+from data.ranks import Stopped, all_gather, all_reduce, catch_signals, check_agreement, check_stop
+from data.ranks import init_ranks, leave_ranks, make_mesh, print0, rank, world_size
 from data.recipes import read_recipe, stage_settings
 from data.rows import text_id
 from data.runs import RunLog, check_loss, checkpoint, fingerprint, load_tensors, print_sizes
@@ -84,7 +84,7 @@ class Settings:
     dtype: str = "auto"  # of the frozen base and the arithmetic; trained weights are fp32
     export_dtype: str = "bfloat16"
     recompute: bool = False  # activation checkpointing: a block keeps only its input
-    compile: bool = False  # torch.compile of the blocks around attention
+    compile: bool = True  # torch.compile of the blocks around attention
     shard_ranks: int = 0  # ranks that share one copy of the weights, say a node's; 0: all
     distill: float = 0.0  # weight of the distillation from --teacher
     keep_zeros: bool = False  # zeros of a pruned decoder stay zero
@@ -191,9 +191,7 @@ class AllGather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        out = x.new_empty(world_size() * len(x), *x.shape[1:])
-        dist.all_gather_single(out, x.contiguous())
-        return out
+        return all_gather(x)
 
     @staticmethod
     def backward(ctx, grad):
@@ -394,7 +392,7 @@ def pooling_layer(model):
 
 def place(model, s, device, sharded=True):
     """Moves a model to its device and keeps this rank's shard of it (FSDP2), block by block."""
-    mesh = make_mesh(device, s) if sharded and world_size() > 1 else None
+    mesh = make_mesh(device, s.shard_ranks) if sharded and world_size() > 1 else None
     for module in [*model.embedding_model.layers, *pooling_layer(model), model]:
         for parameter in module.parameters():
             if not isinstance(parameter, DTensor):
@@ -403,18 +401,6 @@ def place(model, s, device, sharded=True):
         if mesh is not None:
             fully_shard(module, mesh=mesh)
     return model
-
-
-def make_mesh(device, s):
-    """All ranks share one copy of the weights, or each group of shard_ranks has its own."""
-    group = s.shard_ranks or world_size()
-    if world_size() % group != 0:
-        ranks = f"the {world_size()} ranks"
-        raise InputError(f"shard_ranks: expected a divisor of {ranks}, got {group}")
-    if group == world_size():
-        return dist.init_device_mesh(device.type, (group,), mesh_dim_names=("shard",))
-    shape = (world_size() // group, group)
-    return dist.init_device_mesh(device.type, shape, mesh_dim_names=("copy", "shard"))
 
 
 # ---- the loop

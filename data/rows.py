@@ -201,7 +201,9 @@ class RowFile:
                 line = bare(line)
                 if line:
                     where = f"{shown}:{number}"
-                    check(parse_object(line, where), where)
+                    row = check(parse_object(line, where), where)
+                    prompt = len(row.get("prompt", "").encode())
+                    self.longest_prompt = max(self.longest_prompt, prompt)
                     starts.append(start)
                     hashes.append(hash64(line))
                     content.update(line + b"\n")
