@@ -42,6 +42,7 @@ from torch.distributed.tensor import DTensor
 
 import nvembed
 from data.base import resolve
+from data.columns import own_rows
 from data.commands import Flags, InputError, check_ranges, run_command
 from data.files import ROOT, read_json
 from data.machine import choose_micro_tokens, describe_machine, measure_peak, speed
@@ -580,7 +581,8 @@ def parse_flags():
     flag = parser.add_argument
     flag("--stage", type=int, choices=(1, 2, 3), default=1)
     flag("--recipe", default=str(ROOT / "data" / "local.json"))
-    flag("--data", help="own rows (.jsonl or .jsonl.gz) instead of the recipe's")
+    flag("--data", help="own rows instead of the recipe's: a file, or a data set of the hub")
+    flag("--columns", help="of --data, by their names: query=a,pos=b,neg=c; default: known names")
     flag("--init", help="model to begin with; default: the base, or what the stage before left")
     flag("--teacher", help="model to distill from; default of stage 3: runs/stage2")
     flag("--out", help="folder of the run; default: runs/stageN or runs/NAME-OF-DATA")
@@ -616,9 +618,9 @@ def main():
     s = read_settings(recipe, args)
     data_stage = min(args.stage, 2)  # stage 3 recovers on the rows of stage 2
     entries, name = recipe["datasets"], f"stage{args.stage}"
-    if args.data:
-        name = Path(args.data).name.removesuffix(".gz").removesuffix(".jsonl")
-        entries = [{"name": name, "file": args.data, "stages": [data_stage], "instruction": ""}]
+    own = own_rows(args.data, args.columns)
+    if own:
+        entries, name = [own | {"stages": [data_stage]}], own["name"]
     run = Path(args.out or Path("runs", name))
     init = initial_model(args, recipe)
     if args.teacher and not s.distill:

@@ -41,10 +41,10 @@ def read_datasets(entries, stage, s, mined=None):
     for entry in entries:
         if stage not in entry["stages"]:
             continue
-        path = Path(entry["file"])
+        path, shown = Path(entry["file"]), entry.get("shown")
         if mined and Path(mined, path.name).exists():
-            path = Path(mined, path.name)
-        rows = read_rows(path)
+            path, shown = Path(mined, path.name), None
+        rows = read_rows(path, shown=shown)
         order = np.random.default_rng(s.seed).permutation(len(rows))
         held = min(s.held_out, len(rows) // 10)
         kept = order[held:][: entry.get("samples")]
@@ -54,7 +54,7 @@ def read_datasets(entries, stage, s, mined=None):
             symmetric=entry.get("symmetric", False),
             rows=rows.select(kept),
             held_out=rows.select(order[:held]),
-            file=str(path),
+            file=str(shown or path),
             digest=rows.digest,
         )
         datasets.append(dataset)
