@@ -484,7 +484,7 @@ def main():
     if args.bound is None:
         args.bound = RULES[args.rule]
     if "runs/stage1" in args.model and not Path("runs/stage1", "config.json").exists():
-        hint = "run torchrun train.py --stage 1 first, or give --model"
+        hint = "run python train.py --stage 1 first, or give --model"
         raise InputError(f"runs/stage1: no finished run: {hint}")
     teachers = [find_teacher(name, args) for name in args.model]
     Path(args.out).mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,9 @@
 """How NV-Embed learns: rows -> batch -> InfoNCE -> step (sections 3 and 5 of the paper).
 
-    torchrun train.py --stage 1                        -> runs/stage1
-    torchrun train.py --stage 2                        -> runs/stage2
-    torchrun train.py --data my.jsonl --init MODEL     own rows -> runs/my
-    torchrun --nproc-per-node 8 train.py --stage 1     the same batches on 8 ranks, weights sharded
+    python train.py --stage 1                          # -> runs/stage1
+    python train.py --stage 2                          # -> runs/stage2
+    python train.py --data my.jsonl --init MODEL       # own rows -> runs/my
+    torchrun --nproc-per-node 8 train.py --stage 1     # the same batches on 8 ranks, FSDP
 
 A recipe (data/local.json) says what a stage does:
 
