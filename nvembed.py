@@ -2,8 +2,8 @@
 
     text -> tokens -> decoder without causal mask -> latent attention -> mean -> unit vector
 
-    python nvembed.py                       embeds the model card's example with the default base
-    python nvembed.py runs/stage2           the same with a run, a folder or a hub id
+    python nvembed.py                  # embeds the model card's example with the default base
+    python nvembed.py runs/stage2      # the same with a run, a folder or a hub id
 
 The texts of a batch are packed one after another, without padding. Shapes stand at line ends:
 
