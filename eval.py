@@ -9,6 +9,8 @@ belongs to the content of the model's files and of the task's data, so a model t
 again has none yet; after a change of the code use --overwrite.
 """
 
+import data.threads  # before torch
+
 import datetime
 import functools
 import os

@@ -15,7 +15,10 @@ The paper's r is R here, and F.linear and the like are torch.nn.functional's. Ma
 use. Modules and parameters have the names of the released weights.
 """
 
+import data.threads  # before torch
+
 import functools
+import inspect
 import itertools
 import math
 from dataclasses import asdict, dataclass, fields
@@ -330,7 +333,11 @@ def attend_varlen(q, k, v, lengths, causal, window):
     before = window - 1 if window else -1  # how many tokens back and ahead are seen, -1: all
     ahead = 0 if causal else -1
     ends, longest = cumulative_lengths(lengths, q.device), max(lengths)
-    options = {"window_size": (before, ahead), "enable_gqa": True}
+    options = {"window_size": (before, ahead)}
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        options["enable_gqa"] = True
+    else:  # torch 2.11
+        k, v = [x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v)]
     return varlen_attn(q, k, v, ends, ends, longest, longest, **options)
 
 
@@ -564,16 +571,17 @@ class LatentAttention(nn.Module):
 def pool(hidden, tokens, pooling):
     """hidden (S, D) of B packed texts -> (B, D): the mean of a text's tokens, or its last one.
 
-    The mean leaves out a text's first `not_pooled` tokens: see `tokenize`.
+    The mean leaves out a text's first `not_pooled` tokens: see `tokenize`. It is a product with a
+    matrix of weights, which has two kernels where a loop over the texts has hundreds.
     """
-    pooled = []
-    texts = hidden.split([len(text.ids) for text in tokens])
-    for text, states in zip(tokens, texts, strict=True):
-        if pooling == "eos":
-            pooled.append(states[-1])
-        else:
-            pooled.append(states[text.not_pooled :].mean(dim=0))
-    return torch.stack(pooled)
+    ends = list(itertools.accumulate(len(text.ids) for text in tokens))
+    if pooling == "eos":
+        return hidden[[end - 1 for end in ends]]
+    weights = torch.zeros(len(tokens), len(hidden), dtype=hidden.dtype)  # (B, S)
+    for row, text, end in zip(weights, tokens, ends, strict=True):
+        count = len(text.ids) - text.not_pooled
+        row[end - count : end] = 1 / count
+    return weights.to(hidden.device) @ hidden
 
 
 def shorten(x, dims):
@@ -645,16 +653,24 @@ class NVEmbed(nn.Module):
         def tokens_of(chunk):
             return self.tokenize(texts[chunk], tasks[chunk], max_length)
 
+        def store(computed):
+            if computed is not None:
+                rows, batch, embedded = computed
+                rows[batch] = embedded.cpu()
+
         bar = tqdm(total=len(texts), disable=not progress, unit="text")
         with eval_mode(self), bar:
             folded = self.inference_fold()
+            last = None  # a batch that a GPU may still be computing, while it gets the next
             for chunk, tokens in zip(chunks, ahead(tokens_of, chunks), strict=True):
                 longest = max(len(text.ids) for text in tokens)
                 limit = max(longest, default_batch) if batch_tokens is None else batch_tokens
                 for batch in pack(tokens, limit):
                     embedded = self([tokens[i] for i in batch], folded)
-                    embeddings[chunk][batch] = shorten(embedded, dims).cpu()
+                    store(last)
+                    last = embeddings[chunk], batch, shorten(embedded, dims)
                     bar.update(len(batch))
+            store(last)
         return embeddings
 
     def inference_fold(self):

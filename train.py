@@ -25,6 +25,8 @@ Shapes, beside those of nvembed.py:
     M = B L documents       N hard negatives of a row   P known positives of a query
 """
 
+import data.threads  # before torch
+
 import math
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -43,7 +45,7 @@ from data.base import resolve
 from data.commands import Flags, InputError, check_ranges, run_command
 from data.files import ROOT, read_json
 from data.machine import choose_micro_tokens, describe_machine, measure_peak, speed
-from data.ranks import Stopped, all_reduce, catch_signals, check_agreement, check_stop
+from data.ranks import Stopped, all_gather, all_reduce, catch_signals, check_agreement, check_stop
 from data.ranks import init_ranks, leave_ranks, make_mesh, print0, rank, world_size
 from data.recipes import read_recipe, stage_settings
 from data.rows import text_id
@@ -72,9 +74,7 @@ class Settings:
     clip: float = 1.0  # largest norm of the gradient
     temperature: float = 0.02
     false_negatives: float = 2.0  # a negative whose cosine is more above the positive's; 2: off
-    dims: list = field(
-        default_factory=list
-    )  # also trained: the first so many of a vector's numbers
+    dims: list = field(default_factory=list)  # the first so many numbers of a vector also learn
     max_length: int = 512  # tokens of a text
     micro_tokens: int = 0  # tokens of a micro-batch, which bounds memory; 0: as many as fit
     lora_rank: int = 16  # r, the paper's; 0: all weights are trained
@@ -85,7 +85,7 @@ class Settings:
     dtype: str = "auto"  # of the frozen base and the arithmetic; trained weights are fp32
     export_dtype: str = "bfloat16"
     recompute: bool = False  # activation checkpointing: a block keeps only its input
-    compile: bool = False  # torch.compile of the blocks around attention
+    compile: bool = True  # torch.compile of the blocks around attention
     shard_ranks: int = 0  # ranks that share one copy of the weights, say a node's; 0: all
     kd: float = 0.0  # weight of `kd_loss`, from pos_scores and neg_scores of rows that have them
     kd_temperature: float = 1.0  # of those scores; cosines, as mine.py writes, need a lower one
@@ -200,9 +200,7 @@ class AllGather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        out = x.new_empty(world_size() * len(x), *x.shape[1:])
-        dist.all_gather_single(out, x.contiguous())
-        return out
+        return all_gather(x)
 
     @staticmethod
     def backward(ctx, grad):
@@ -476,8 +474,7 @@ def train(run, init, datasets, s, device, teacher_name=None, tensorboard=None):
         print0(f"{run}: finished already; --restart trains it anew")
         return
 
-    print0(f"begins with {init}")
-    print_sizes(model, s.batch, s.micro_tokens)
+    print_sizes(init, model, s.batch, s.micro_tokens)
     positives = known_positives(datasets)
     peak = measure_peak(device, model.dtype)
     head = {"base": base, "settings": asdict(s), "datasets": [data.name for data in datasets]}

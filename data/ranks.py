@@ -39,6 +39,16 @@ def all_reduce(values, op=dist.ReduceOp.SUM):
     return values.tolist()
 
 
+def all_gather(x):
+    """x (b, ...) of every rank -> (B, ...) in the order of the ranks, without gradient."""
+    out = x.new_empty(world_size() * len(x), *x.shape[1:])
+    if hasattr(dist, "all_gather_single"):
+        dist.all_gather_single(out, x.contiguous())
+    else:  # torch 2.12 and before
+        dist.all_gather_into_tensor(out, x.contiguous())
+    return out
+
+
 def init_ranks():
     """Joins torchrun's ranks, if there are several -> the device of this one."""
     device = CPU

@@ -342,7 +342,8 @@ def format_record(record):
     return "  ".join(parts)
 
 
-def print_sizes(model, batch, micro_tokens):
+def print_sizes(init, model, batch, micro_tokens):
+    print0(f"begins with {init}")
     total = sum(p.numel() for p in model.parameters())
     count = sum(p.numel() for p in trained(model).values())
     print0(f"{total:,} parameters, {count:,} of them trained")

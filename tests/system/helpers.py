@@ -87,6 +87,7 @@ SMALL = {
     "lora_rank": 4,
     "dtype": "float32",
     "export_dtype": "float32",
+    "compile": False,
     "held_out": 4,
     "save_every": 2,
     "eval_every": 5,
