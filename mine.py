@@ -442,17 +442,8 @@ def check_places(entries, args):
 
 def find_teacher(name, args):
     folder = folders.local_folder(base.resolve(name))
-    return Teacher(folder, " ".join(digests(folder)), args.max_length, args.dtype)
-
-
-def digests(folder):
-    """Of all files of a model folder, in the order of their names; of an adapter its base's too."""
-    paths = [*folder.glob("*.safetensors"), *folder.glob("**/*.json")]
-    found = [files.digest(path) for path in sorted(paths)]
-    if folders.is_adapter(folder):
-        name = files.read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-        found += digests(folders.local_folder(base.resolve(str(name))))
-    return found
+    folders.check_pooling(folder)
+    return Teacher(folder, folders.content_hash(folder), args.max_length, args.dtype)
 
 
 def main():

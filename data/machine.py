@@ -117,8 +117,8 @@ def local_bytes(parameter):
 def bytes_a_token(c, size, recompute):
     """What the backward pass keeps of a token, in bytes; `size` is that of a number.
 
-    A block keeps its residuals, norms, projections, what they and their adapters read, and dropout's
-    masks: about 9 D + 4.5 F numbers. The latent layer keeps 20 D, and scores twice.
+    A block keeps its residuals, norms, projections, what they and their adapters read, and masks
+    of dropout: about 9 D + 4.5 F numbers. The latent layer keeps 20 D, and its scores.
     """
     block = 9 * c.hidden_size + 4.5 * c.intermediate_size
     numbers = c.num_hidden_layers * block

@@ -164,7 +164,7 @@ class Rows(Sequence):
         return Rows(self.file, self.numbers[np.asarray(numbers, np.int64)])
 
     def where(self, i):
-        """ "FILE:LINE" of a row."""
+        """The place of a row: "FILE:LINE"."""
         return self.file.where(self.numbers[i])
 
     @property
@@ -198,7 +198,9 @@ class RowFile:
                 line = bare(line)
                 if line:
                     where = f"{path}:{number}"
-                    check(parse_object(line, where), where)
+                    row = check(parse_object(line, where), where)
+                    prompt = len(row.get("prompt", "").encode())
+                    self.longest_prompt = max(self.longest_prompt, prompt)
                     starts.append(start)
                     hashes.append(hash64(line))
                     content.update(line + b"\n")
@@ -218,7 +220,7 @@ class RowFile:
         return self.check(parse_object(line, self.path), self.path)
 
     def where(self, number):
-        """ "FILE:LINE" of a row, by counting the lines before it."""
+        """The place of a row, "FILE:LINE", by counting the lines before it."""
         lines, place, start = 1, 0, int(self.starts[number])
         while place < start:
             block = os.pread(self.descriptor, min(2**20, start - place), place)

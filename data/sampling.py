@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from data.commands import InputError
-from data.rows import KnownPositives, Rows, read_rows, text_id  # text_id: for train.py
+from data.rows import KnownPositives, Rows, read_rows
 
 TEMPLATE = 24  # tokens, at most, of what an instruction stands in
 

@@ -41,6 +41,7 @@ from eval import PUBLISHED, evaluate, flags, load, markdown, number, run_on_rank
 
 ABLATIONS = ROOT / "experiments/ablations.json"
 LOCKS = {}  # result of a command: held while the command runs
+DONE = set()  # folders that commands of this process have written
 
 
 # ---- grids
@@ -100,24 +101,25 @@ def mine(rule, recipe, folder):
     """Mines the recipe's retrieval sets by mine.py's flags `rule` -> folder of the mined rows."""
     out = folder / "".join(rule).strip("-")
     files = [data["file"] for data in recipe["datasets"] if data["kind"] == "retrieval"]
-    last = out / f"{Path(files[-1]).name}.json"
-    execute(["mine.py", *rule, "--out", out, "--data", *files], last)
+    execute(["mine.py", *rule, "--out", out, "--data", *files], out)  # skips what is mined
     return out
 
 
 def train(runs, recipe, stage, changes, model, more):
     """Trains one stage, with `changes` of its settings and further flags `more` -> the run."""
-    run = make_folder(runs, stage_recipe(recipe, stage, changes), model, more)
-    command = ["train.py", "--stage", stage, "--recipe", run / "recipe.json", "--init", model]
-    execute([*command, *more, "--out", run], run / "config.json")
+    run, recipe = name_run(runs, stage_recipe(recipe, stage, changes), model, more)
+    if not (run / "finished").exists():
+        command = ["train.py", "--stage", stage, "--recipe", recipe, "--init", model]
+        execute([*command, *more, "--out", run], run)
     return run
 
 
 def compress(runs, recipe, changes, model, how):
     """Compresses a model by compress.py's flags `how` -> folder of the smaller model."""
-    run = make_folder(runs, stage_recipe(recipe, 3, changes), model, how)
-    command = ["experiments/compress.py", "--model", model, "--recipe", run / "recipe.json"]
-    execute([*command, *how, "--out", run], run / "config.json")
+    run, recipe = name_run(runs, stage_recipe(recipe, 3, changes), model, how)
+    if not (run / "config.json").exists():
+        command = ["experiments/compress.py", "--model", model, "--recipe", recipe]
+        execute([*command, *how, "--out", run], run)
     return run
 
 
@@ -129,31 +131,36 @@ def stage_recipe(recipe, stage, changes):
     return recipe | {"datasets": datasets, "stages": {str(stage): settings}}
 
 
-def make_folder(runs, recipe, model, more):
-    """The folder for what a recipe, a model to begin with and further flags determine."""
+def name_run(runs, recipe, model, more):
+    """The folder for what a recipe, a model to begin with and further flags determine.
+
+    -> (the folder, the recipe's file beside it)
+    """
     identity = f"{json.dumps(recipe, indent=2)} {model} {more}"
     folder = runs / hashlib.sha256(identity.encode()).hexdigest()[:12]
-    write_json(folder / "recipe.json", recipe)
-    return folder
+    file = folder.with_suffix(".json")
+    write_json(file, recipe)
+    return folder, file
 
 
-def execute(command, result):
-    """Runs a command of the project, with one thread, unless the file that it ends with is there.
+def execute(command, folder):
+    """Runs a command of the project, with one thread, that writes into a folder.
 
-    What it prints is appended to a file beside the result.
+    What it prints is appended to FOLDER.output.
     """
-    log = result.with_suffix(".output")
+    log = folder.with_suffix(".output")
     log.parent.mkdir(parents=True, exist_ok=True)
     line = [sys.executable, *[str(argument) for argument in command]]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    with LOCKS.setdefault(result, threading.Lock()):  # another cell may need the same
-        if result.exists():
+    with LOCKS.setdefault(folder, threading.Lock()):  # another cell may need the same
+        if folder in DONE:
             return
         with log.open("a") as out:
             done = subprocess.run(line, check=False, stdout=out, stderr=out, env=env, cwd=ROOT)
-        if done.returncode != 0 or not result.exists():
+        if done.returncode != 0:
             end = " ".join(log.read_text().split())[-300:]
             raise InputError(f"{log}: exit status {done.returncode}: {end}")
+        DONE.add(folder)
 
 
 # ---- the compact table

@@ -202,7 +202,7 @@ def test_use_from_other_libraries(base, tmp_path, monkeypatch):
     """mteb, FAISS and PEFT with a run of ours, by the lines of experiments/RESULTS.md."""
     document = (ROOT / "experiments/RESULTS.md").read_text()
     (code,) = re.findall(r"```python\n(import faiss, mteb.*?)```", document, re.DOTALL)
-    model = nvembed.NVEmbed.from_pretrained(base, max_position_embeddings=256)
+    model = nvembed.NVEmbed.from_pretrained(base)
     nvembed.add_lora(model, r=2)
     for name, parameter in model.named_parameters():
         if name.endswith("lora_B"):

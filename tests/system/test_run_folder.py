@@ -93,7 +93,13 @@ def test_files_have_the_mode_of_new_files(recipe, whole, tmp_path):
 
 # ---- two commands, one folder
 
-HOLD = "import sys, time; from data.files import locked\nwith locked(sys.argv[1]):\n print(flush=True); time.sleep(99)"
+HOLD = """
+import sys, time
+from data.files import locked
+with locked(sys.argv[1]):
+    print(flush=True)
+    time.sleep(99)
+"""
 
 
 def test_a_folder_in_use_is_refused(recipe, stopped, tmp_path):

@@ -118,7 +118,7 @@ def test_a_grid_shares_runs_and_goes_on(commands, monkeypatch, capsys):
     output(monkeypatch, capsys, "--grid", "labels", main=ablate.main)
     stages = [after(arguments, "--stage") for arguments in commands.ran]
     assert stages == ["2", "2", "2"]  # stage 1 does not depend on the labels
-    recipe = read_json("runs/ablations/labels/1/recipe.json")
+    recipe = read_json(f"{Path('runs/ablations/labels/1').readlink()}.json")
     files = {Path(dataset["file"]).name for dataset in recipe["datasets"]}
     assert recipe["seed"] == 1 and {"trec_names.jsonl.gz", "topics_names.jsonl.gz"} <= files
     assert set(recipe["stages"]) == {"2"}
@@ -146,7 +146,7 @@ def test_mining_is_done_once_a_rule(commands, monkeypatch, capsys):
 def test_compressed_models_are_recovered_from_their_teacher(commands, monkeypatch, capsys):
     table = shown(monkeypatch, capsys, "--grid", "compression")
     assert {"latent-bidirectional", "latent-bidirectional:int8"} < table.keys()
-    seed = [a for a in commands.ran if read_json(f"{after(a, '--out')}/recipe.json")["seed"] == 1]
+    seed = [a for a in commands.ran if read_json(f"{after(a, '--out')}.json")["seed"] == 1]
     by_out = {after(arguments, "--out"): arguments for arguments in seed}
     assert len(by_out) == len(seed) == 2 + 6 + 1 + 4  # stages 1, 2; prune; drop; recover
 
@@ -164,12 +164,15 @@ def test_compressed_models_are_recovered_from_their_teacher(commands, monkeypatc
     assert not rounds  # quantised models are the cell's own, rounded when they are loaded
 
 
-def test_runs_of_version_1_are_found(tmp_path):
-    """The name of a trained run is that of version 1: recipe, beginning, mined rows."""
+def test_a_run_is_named_by_all_that_makes_it(tmp_path):
+    """Recipe, beginning, mined rows; the recipe stands beside the run."""
     recipe = {"base": "smollm2:8", "seed": 0, "datasets": [], "stages": {"1": {"steps": 14}}}
-    assert ablate.make_folder(tmp_path, recipe, "smollm2:8", ()).name == "158221186f77"
+    run, file = ablate.name_run(tmp_path, recipe, "smollm2:8", ())
+    assert run == tmp_path / "158221186f77"
+    assert not run.exists()
+    assert read_json(file) == recipe
     mined = ("--mined", Path("/x/mined"))
-    assert ablate.make_folder(tmp_path, recipe, Path("/x/run"), mined).name == "75cd8b48bc8f"
+    assert ablate.name_run(tmp_path, recipe, Path("/x/run"), mined)[0].name == "75cd8b48bc8f"
 
 
 def test_a_grid_that_is_not_there(commands, monkeypatch, capsys):

@@ -123,7 +123,7 @@ def saved_bytes(model, tokens):
 
 
 def test_what_a_graph_keeps(monkeypatch):
-    """The formula against what PyTorch keeps, with GPU's kernels for norm, attention and dropout."""
+    """The formula against what PyTorch keeps; attention keeps q, k and v."""
     monkeypatch.setattr(nvembed, "attend", lambda q, k, v, *_: q * (k.sum() + v.sum()))
     model = on_meta(MISTRAL | {"num_hidden_layers": 4})
     few, many = [saved_bytes(model, tokens) for tokens in (1024, 3072)]

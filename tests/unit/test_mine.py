@@ -444,6 +444,7 @@ def test_ranges_of_flags(here, monkeypatch, flag, value, expected):
 def test_an_adapter_is_its_base_too(here):
     """The digest by which vectors are found: other weights of the base, other vectors."""
     (here / "base").mkdir()
+    (here / "base/config.json").write_text('{"text_config": {"model_type": "mistral"}}')
     (here / "base/model.safetensors").write_bytes(b"one")
     (here / "adapter").mkdir()
     config = {"base_model_name_or_path": "base"}
