@@ -30,7 +30,7 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data import folders
+from data import folders, sentence
 from data.commands import Flags, InputError, check_ranges, one_line, run_command
 from data.files import ROOT, check_types, read_json
 from data.quantize import check_plain, quantize_weights
@@ -806,6 +806,16 @@ def fresh_pooling(config, device, dtype):
         torch.manual_seed(0)
         layer = LatentAttention(config)
     return layer.to(device, dtype) if device else layer
+
+
+# ---- sentence-transformers
+
+
+def __getattr__(name):
+    """`from nvembed import SentenceModule` imports sentence-transformers, and only that does."""
+    if name == "SentenceModule":
+        return sentence.sentence_module(NVEmbed)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 # ---- the command

@@ -338,12 +338,15 @@ def check_modules(folder):
         if not known or kind.endswith((".Router", ".Asym")):  # which name further types
             message = f"type {kind!r}: expected one of sentence_transformers, without further types"
             raise InputError(f"{folder}/modules.json: {message}")
-    optional_package("sentence_transformers", f"model '{folder}'")
+    check_sentence_transformers(f"model '{folder}'")
+
+
+def check_sentence_transformers(user):
+    """Refuses versions before 6, which would import types from a folder."""
+    optional_package("sentence_transformers", user)
     version = importlib.metadata.version("sentence-transformers")
-    if int(version.split(".")[0]) < 6:  # it would import types from the folder
-        raise InputError(
-            f"model '{folder}': expected sentence-transformers 6 or later, got {version}"
-        )
+    if int(version.split(".")[0]) < 6:
+        raise InputError(f"{user}: expected sentence-transformers 6 or later, got {version}")
 
 
 def pooling_fields(folder, decoder):
@@ -474,7 +477,9 @@ def flagged_token(tokenizer, settings, kind):
 
 
 def released_files(fields, tokenizer, path, dtype):
-    """The JSON files of the released layout: file name -> content, config.json last.
+    """The JSON files of the released layout, and those by which sentence-transformers loads it.
+
+    File name -> content, config.json last.
 
     `fields` are Config's, `tokenizer` names the special tokens, dtype is that of the weights.
     """
@@ -517,7 +522,15 @@ def released_files(fields, tokenizer, path, dtype):
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_bos_token": "bos_token" in special,
     }
+    module = {"idx": 0, "name": "0", "path": "", "type": "nvembed.SentenceModule"}
     return {
+        "modules.json": [module],
+        "config_sentence_transformers.json": {
+            "model_type": "SentenceTransformer",
+            "prompts": {"query": "", "document": ""},
+            "default_prompt_name": None,
+            "similarity_fn_name": "cosine",
+        },
         "tokenizer_config.json": special | loading,
         "special_tokens_map.json": special,
         "config.json": config,
