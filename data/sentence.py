@@ -18,8 +18,10 @@ import torch
 
 from data import folders
 from data.commands import InputError
-from data.files import read_json
+from data.files import read_json, write_json
 from data.texts import check_length
+
+PEER_SETTINGS = "config_sentence_transformers.json"
 
 
 @functools.cache
@@ -39,7 +41,7 @@ def sentence_module(embedder):
             super().__init__()
             self.prompts = {}
             if not isinstance(model, embedder):
-                self.prompts = folder_prompts(folders.local_folder(model))
+                self.prompts = peer_settings(folders.local_folder(model)).get("prompts", {})
                 model = embedder.from_pretrained(model, **settings)
             self.model = model
 
@@ -60,7 +62,10 @@ def sentence_module(embedder):
                     model.prompts[name] = prompt
 
         def save(self, path, *args, **kind):
+            settings = peer_settings(path)  # SentenceTransformer has written its own
             self.model.save_pretrained(path, None)
+            if settings:
+                write_json(Path(path, PEER_SETTINGS), settings)
 
         @classmethod
         def load(cls, path, model_kwargs=None, **place):
@@ -85,10 +90,10 @@ def set_max_length(module, length):
     module.model.config.max_seq_length = check_length(length, module.model.config)
 
 
-def folder_prompts(folder):
-    """The prompts of a model's folder -> {name: prompt}."""
-    path = Path(folder, "config_sentence_transformers.json")
-    return read_json(path).get("prompts", {}) if path.exists() else {}
+def peer_settings(folder):
+    """A folder's config_sentence_transformers.json, {} where there is none."""
+    path = Path(folder, PEER_SETTINGS)
+    return read_json(path) if path.exists() else {}
 
 
 def instruction_of(prompt, c):
