@@ -50,8 +50,8 @@ from data.ranks import Stopped, all_gather, all_reduce, catch_signals, check_agr
 from data.ranks import init_ranks, leave_ranks, make_mesh, print0, rank, world_size
 from data.recipes import read_recipe, stage_settings
 from data.rows import text_id
-from data.runs import RunLog, check_loss, checkpoint, content, is_finished, load_tensors
-from data.runs import print_sizes, resume, run_folder, save_checkpoint, trained, whole
+from data.runs import RunLog, check_loss, checkpoint, content, finish, is_finished
+from data.runs import load_tensors, print_sizes, resume, run_folder, save_checkpoint, trained, whole
 from data.sampling import check_batch, check_prompts, draw_documents, draw_rows
 from data.sampling import known_positives, read_datasets, rows_of_step, shuffled_places
 from nvembed import NVEmbed, check_dims, pack, shorten
@@ -568,7 +568,7 @@ def export(run, s, datasets, device):
     model.save_pretrained(run, export_dtype)
     merged = NVEmbed.from_pretrained(run, device, torch.float32)
     cosine = (adapted * merged.encode(texts)).sum(axis=1).min()
-    (run / "finished").write_text(f"after step {s.steps}\n")
+    finish(run, s.steps, datasets, model.config.query_template)
     saved = f"{run}: saved in {s.export_dtype}"
     print(f"{saved}; cosine of merged against adapted: lowest {cosine:.6f}")
 
