@@ -1,6 +1,7 @@
 """Ablations: grids of small models, and a compact table of any models.
 
     python experiments/ablate.py --grid pooling --jobs 2            # an ablation of the paper
+    python experiments/ablate.py --grid matryoshka --dims 64        # its vectors' first 64 numbers
     python experiments/ablate.py --compare runs/stage1 runs/stage2  # the means of runs
 
 Grids are declared in ablations.json as lists of cells. A cell trains a small model, once for every

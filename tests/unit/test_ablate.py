@@ -29,7 +29,10 @@ def shown(monkeypatch, capsys, *args):
 
 def test_every_cell_is_used_and_every_grid_is_there():
     grids = DECLARED["grids"]
-    assert list(grids) == ["pooling", "stages", "labels", "mining", "data", "compression"]
+    assert list(grids) == [
+        *("pooling", "stages", "labels", "mining", "data"),
+        *("false-negatives", "matryoshka", "compression"),
+    ]
     entries = {entry for grid in grids.values() for entry in grid}
     assert {entry.split(":")[0] for entry in entries} == set(DECLARED["cells"])
     words = {word for entry in entries for word in entry.split(":")[1:]}
@@ -124,6 +127,21 @@ def test_a_grid_shares_runs_and_goes_on(commands, monkeypatch, capsys):
     assert set(recipe["stages"]) == {"2"}
     given = recipe["stages"]["2"]
     assert given["steps"] < 30 and not given["in_batch"]
+
+
+def test_a_grid_at_some_dims(commands, suite, monkeypatch, capsys):
+    """--dims is of the evaluation only: the runs are those of the whole vectors."""
+    whole = shown(monkeypatch, capsys, "--grid", "matryoshka")
+    assert len(commands.ran) == 3 * (2 + 2)
+    folder = Path("runs/ablations/matryoshka/1")
+    assert read_json(folder.resolve().with_suffix(".json"))["stages"]["2"]["dims"] == [64, 128, 256]
+    commands.ran.clear()
+    short = shown(monkeypatch, capsys, "--grid", "matryoshka", "--dims", "2")
+    assert not commands.ran and suite.calls and short.keys() == whole.keys()
+    assert short["matryoshka"] != whole["matryoshka"]
+    suite.calls.clear()
+    assert shown(monkeypatch, capsys, "--grid", "matryoshka", "--dims", "2") == short
+    assert not suite.calls
 
 
 def test_mining_is_done_once_a_rule(commands, monkeypatch, capsys):

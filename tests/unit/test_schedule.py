@@ -9,7 +9,7 @@ import train
 from data import sampling
 from data.commands import InputError
 from data.files import write_rows
-from data.rows import read_rows
+from data.rows import read_rows, text_id
 from nvembed import NVEmbed
 
 
@@ -115,9 +115,9 @@ def test_known_positives_are_those_of_all_rows(tmp_path):
     found = read_rows(tmp_path / "rows.jsonl")
     dataset = sampling.Dataset("set", "", False, found.select([0, 2]), found.select([1]))
     positives = sampling.known_positives([dataset])
-    expected = {sampling.text_id(text) for text in ("one", "two", "three")}
+    expected = {text_id(text) for text in ("one", "two", "three")}
     assert positives["A QUERY"] == expected
-    assert positives["another"] == {sampling.text_id("four")}
+    assert positives["another"] == {text_id("four")}
     assert positives["unknown"] == set()  # control
     assert positives.queries.nbytes + positives.texts.nbytes <= 16 * 5
 
