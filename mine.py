@@ -18,6 +18,8 @@ Dimensions: Q queries, k documents asked for, n candidates of a query, m documen
 block, D width.
 """
 
+import data.threads  # before torch
+
 import contextlib
 import functools
 import hashlib

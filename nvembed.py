@@ -15,6 +15,8 @@ The paper's r is R here, and F.linear and the like are torch.nn.functional's. Ma
 use. Modules and parameters have the names of the released weights.
 """
 
+import data.threads  # before torch
+
 import functools
 import inspect
 import itertools
@@ -35,8 +37,8 @@ from data import folders
 from data.commands import Flags, InputError, check_ranges, one_line, run_command
 from data.files import ROOT, check_types, read_json
 from data.quantize import check_plain, quantize_weights
-from data.texts import ahead, characters_read, check_length, check_texts, encode_beginnings
-from data.texts import eval_mode, parts
+from data.texts import ahead, characters_read, check_dims, check_length, check_texts
+from data.texts import encode_beginnings, eval_mode, parts
 
 
 POOLINGS = ("latent", "mean", "eos", "self")  # compared in the paper, section 5.2.3
@@ -582,6 +584,11 @@ def pool(hidden, tokens, pooling):
     return weights.to(hidden.device) @ hidden
 
 
+def shorten(x, dims):
+    """Unit vectors (..., D) -> unit vectors (..., dims), the beginnings of these (Matryoshka)."""
+    return x if dims == x.shape[-1] else F.normalize(x[..., :dims], dim=-1)
+
+
 # ---- the embedder
 
 
@@ -626,16 +633,20 @@ class NVEmbed(nn.Module):
         self.tokenizer.encode_special_tokens = True  # a copied or unpickled one forgets it
 
     @torch.no_grad()
-    def encode(self, texts, instruction="", max_length=None, batch_tokens=None, progress=False):
+    def encode(
+        self, texts, instruction="", max_length=None, batch_tokens=None, progress=False, dims=None
+    ):
         """Embeds B texts -> np.ndarray (B, D), fp32, unit rows, in the order of the texts.
 
-        `instruction` and max_length as in `tokenize`. A batch has batch_tokens tokens, by default
+        `instruction` and max_length as in `tokenize`. With `dims` the rows are the first so many
+        numbers of the vectors, of unit length again. A batch has batch_tokens tokens, by default
         16,384 on GPUs and 2,048 on CPUs, whose caches it suits, or those of the longest text.
         Beside the result, memory holds the tokens of a CHUNK; a thread makes the next ones.
         """
         texts, tasks = check_texts(texts, instruction)
         max_length = check_length(max_length, self.config)
-        embeddings = np.empty((len(texts), self.config.hidden_size), dtype=np.float32)
+        dims = check_dims(dims, self.config)
+        embeddings = np.empty((len(texts), dims), dtype=np.float32)
         default_batch = 2048 if self.device.type == "cpu" else 16384
         chunks = parts(texts, characters_read(max_length))
 
@@ -657,7 +668,7 @@ class NVEmbed(nn.Module):
                 for batch in pack(tokens, limit):
                     embedded = self([tokens[i] for i in batch], folded)
                     store(last)
-                    last = embeddings[chunk], batch, embedded
+                    last = embeddings[chunk], batch, shorten(embedded, dims)
                     bar.update(len(batch))
             store(last)
         return embeddings

@@ -25,10 +25,11 @@ Shapes, beside those of nvembed.py:
     M = B L documents       N hard negatives of a row   P known positives of a query
 """
 
-import argparse
+import data.threads  # before torch
+
 import math
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -44,17 +45,16 @@ from data.base import resolve
 from data.columns import own_rows
 from data.commands import Flags, InputError, check_ranges, run_command
 from data.files import ROOT, read_json
-from data.folders import local_folder
 from data.machine import choose_micro_tokens, describe_machine, measure_peak, speed
 from data.ranks import Stopped, all_gather, all_reduce, catch_signals, check_agreement, check_stop
 from data.ranks import init_ranks, leave_ranks, make_mesh, print0, rank, world_size
 from data.recipes import read_recipe, stage_settings
 from data.rows import text_id
-from data.runs import RunLog, check_loss, checkpoint, fingerprint, load_tensors, print_sizes
-from data.runs import is_finished, resume, run_folder, save_checkpoint, trained, whole
+from data.runs import RunLog, check_loss, checkpoint, content, is_finished, load_tensors
+from data.runs import print_sizes, resume, run_folder, save_checkpoint, trained, whole
 from data.sampling import check_batch, check_prompts, draw_documents, draw_rows
 from data.sampling import known_positives, read_datasets, rows_of_step, shuffled_places
-from nvembed import NVEmbed, pack
+from nvembed import NVEmbed, check_dims, pack, shorten
 
 
 @dataclass
@@ -74,6 +74,8 @@ class Settings:
     weight_decay: float = 0.03
     clip: float = 1.0  # largest norm of the gradient
     temperature: float = 0.02
+    false_negatives: float = 2.0  # a negative whose cosine is more above the positive's; 2: off
+    dims: list = field(default_factory=list)  # the first so many numbers of a vector also learn
     max_length: int = 512  # tokens of a text
     micro_tokens: int = 0  # tokens of a micro-batch, which bounds memory; 0: as many as fit
     lora_rank: int = 16  # r, the paper's; 0: all weights are trained
@@ -148,26 +150,29 @@ def make_batch(model, rows, s, positives):
 # ---- loss
 
 
-def info_nce(q_bD, d_BLD, batch, temperature, in_batch):
+def info_nce(q_bD, d_BLD, batch, s):
     """InfoNCE (section 3.3) of this rank's queries against all documents -> loss, accuracy.
 
     q_bD (b, D) and d_BLD (B, L, D) are unit vectors; loss and accuracy are scalars. A row's target
     is its column 0. Its negatives are all other columns of the batch or, without `in_batch`, its
-    own hard negatives; never padding, nor a text that is a known positive of its query.
+    own hard negatives; never padding, nor a text that is a known positive of its query, nor one
+    that is above its target by more than `false_negatives` (Qwen3-Embedding, arXiv 2506.05176).
     """
     columns = d_BLD.shape[1]  # L
-    scores = q_bD @ d_BLD.flatten(0, 1).T / temperature  # (b, M)
+    cosines = q_bD @ d_BLD.flatten(0, 1).T  # (b, M)
     document_ids = batch.document_ids.flatten()[None, :, None]  # (1, M, 1)
     positive_ids = batch.positive_ids[batch.own_rows][:, None, :]  # (b, 1, P)
     is_positive = (document_ids == positive_ids).any(dim=-1)  # (b, M)
     use = batch.valid.flatten() & ~is_positive
-    if not in_batch:
+    if not s.in_batch:
         row_of_column = torch.arange(len(batch.valid)).repeat_interleave(columns)  # (M,)
         use &= batch.own_rows[:, None] == row_of_column
     target = batch.own_rows * columns  # (b,) where column 0 of a row is
     use[torch.arange(len(target)), target] = True  # a known positive, and the one to find
-    scores = scores.masked_fill(~use.to(scores.device), -torch.inf)
-    target = target.to(scores.device)
+    use, target = use.to(cosines.device), target.to(cosines.device)
+    positive = cosines.gather(1, target[:, None])  # (b, 1)
+    use &= ~(cosines > positive + s.false_negatives)  # NaN is not above: it stays and is seen
+    scores = (cosines / s.temperature).masked_fill(~use, -torch.inf)
     accuracy = (scores.argmax(dim=1) == target).float().mean()
     return F.cross_entropy(scores, target), accuracy
 
@@ -220,9 +225,18 @@ def distillation(embeddings, batch, s):
 
 
 def batch_loss(embeddings, batch, s):
-    """Embeddings of batch.tokens -> loss and accuracy of this rank's rows."""
+    """Embeddings of batch.tokens -> loss and accuracy of this rank's rows.
+
+    With `dims` the loss is the mean of those of the vectors' first so many numbers and of the whole
+    (Matryoshka, Kusupati et al. 2022). The accuracy, and what `distill` adds, are the whole's.
+    """
     q_bD, d_BLD = queries_and_documents(embeddings, batch)
-    loss, accuracy = info_nce(q_bD, d_BLD, batch, s.temperature, s.in_batch)
+    widths = sorted({*s.dims, embeddings.shape[1]})  # the whole comes last
+    loss = 0
+    for dims in widths:
+        q, d = shorten(q_bD, dims), shorten(d_BLD, dims)
+        contrast, accuracy = info_nce(q, d, batch, s)
+        loss = loss + contrast / len(widths)
     if batch.teacher is not None:
         loss = loss + distillation(embeddings, batch, s)
     return loss, accuracy
@@ -423,6 +437,8 @@ def train(run, init, datasets, s, device, teacher_name=None, tensorboard=None):
     settings = asdict(s) | {"content": content(init, teacher_name, datasets)}
     check_agreement(settings)
     model, base = build(init, s, device)
+    for dims in s.dims:
+        check_dims(dims, model.config)
     s = replace(s, micro_tokens=choose_micro_tokens(model, s))
     check_prompts(datasets, model.tokenize, s.max_length)
     teacher = None
@@ -436,8 +452,7 @@ def train(run, init, datasets, s, device, teacher_name=None, tensorboard=None):
         print0(f"{run}: finished already; --restart trains it anew")
         return
 
-    print0(f"begins with {init}")
-    print_sizes(model, s.batch, s.micro_tokens)
+    print_sizes(init, model, s.batch, s.micro_tokens)
     positives = known_positives(datasets)
     peak = measure_peak(device, model.dtype)
     head = {"base": base, "settings": asdict(s), "datasets": [data.name for data in datasets]}
@@ -467,15 +482,6 @@ def train(run, init, datasets, s, device, teacher_name=None, tensorboard=None):
     if rank() == 0:
         export(run, s, datasets, device)
     leave_ranks()
-
-
-def content(init, teacher, datasets):
-    """What a run is made of, beside its settings: the same name may stand for another content."""
-    found = {f"rows of {data.name}": data.digest for data in datasets}
-    for part, name in (("init", init), ("teacher", teacher)):
-        if name:
-            found[part] = fingerprint(local_folder(resolve(name)))
-    return found
 
 
 def save(run, step, record, model, optimizer, base, settings):
@@ -583,12 +589,7 @@ def parse_flags():
     flag("--mined", help="folder of mine.py's output, used where it has a data set's file")
     flag("--restart", action="store_true", help="begin anew, removing an earlier run in --out")
     flag("--tensorboard", metavar="DIR", help="also write log.jsonl's figures for tensorboard")
-    for field in fields(Settings):
-        name = "--" + field.name.replace("_", "-")
-        if field.type is bool:
-            flag(name, action=argparse.BooleanOptionalAction, default=None)
-        else:
-            flag(name, type=field.type, default=None)
+    parser.add_settings(Settings)
     return parser.parse_args()
 
 

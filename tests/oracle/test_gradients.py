@@ -31,8 +31,9 @@ def gradients(model, batch, s, **how):
     return loss.item(), {name: p.grad.clone() for name, p in train.trained(model).items()}
 
 
-def test_cached_gradient_equals_plain_with_dropout(base, monkeypatch):
-    s = settings(temperature=0.2)
+@pytest.mark.parametrize("changes", ({}, {"dims": [8, 32], "false_negatives": 0.05}))
+def test_cached_gradient_equals_plain_with_dropout(base, monkeypatch, changes):
+    s = settings(temperature=0.2, **changes)
     model = trainable(base, s, torch.float64)
     batch = a_batch(model, tangled_rows(2), s)
     assert len(nvembed.pack(batch.tokens, s.micro_tokens)) > 3

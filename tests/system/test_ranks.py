@@ -80,6 +80,27 @@ def test_gradients_are_those_of_one_process(gradients, alone, ranks):
     assert control["loss"][0] == pytest.approx(float(cached["loss"][0]), rel=1e-6)
 
 
+def test_false_negatives_on_two_ranks(gradients, alone):
+    """Which columns are left out does not depend on the ranks."""
+    on = {"settings": {"false_negatives": 0.02}}
+    (one,) = gradients(1, [on])
+    two, control = gradients(2, [on, on | {"control": "columns"}])
+    assert worst(one, two) <= 1e-5
+    torch.testing.assert_close(two["loss"], one["loss"], rtol=1e-5, atol=0)
+    assert one["loss"][0] < alone[0]["loss"][0] - 0.01  # something is left out
+    assert worst(one, control) > 1e-2
+
+
+def test_dims_on_two_ranks(gradients, alone):
+    """The gradient of prefixes comes back from the documents of other ranks."""
+    on = {"settings": {"dims": [8, 32]}}
+    (one,) = gradients(1, [on])
+    two, control = gradients(2, [on, on | {"control": "gather"}])
+    assert worst(one, two) <= 1e-5
+    torch.testing.assert_close(two["loss"], one["loss"], rtol=1e-5, atol=0)
+    assert min(worst(one, alone[0]), worst(one, control)) > 1e-2
+
+
 def test_cached_is_plain_under_fsdp(gradients):
     """With dropout, on ranks whose numbers of micro-batches differ; without its replay it fails."""
     on = {"settings": {"lora_dropout": 0.1}}

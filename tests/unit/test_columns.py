@@ -178,8 +178,8 @@ KNOWN_NAMES = (
     "names, message",
     [
         (["a", "b"], "unknown column 'a' of ['a', 'b']"),
-        (["question", "answer", "score"], "unknown column 'score' of ['question', 'answer', 'score']"),
-        (["question", "answer", "label"], "unknown column 'label' of ['question', 'answer', 'label']"),
+        (["query", "answer", "score"], "unknown column 'score' of ['query', 'answer', 'score']"),
+        (["query", "answer", "label"], "unknown column 'label' of ['query', 'answer', 'label']"),
         (["question"], "no column for pos in ['question']"),
         (["answer", "id"], "no column for query in ['answer', 'id']"),
         (
@@ -191,7 +191,7 @@ KNOWN_NAMES = (
             "['query', 'question'] could each be query in ['query', 'question', 'answer']",
         ),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
 def test_columns_that_are_not_clear(tmp_path, ending, names, message):
     path = tmp_path / f"a.{ending}"

@@ -1,4 +1,4 @@
-"""What several ranks and GPUs need, as far as one process shows it: versions of PyTorch, agreement."""
+"""What ranks and GPUs need, as far as one process shows it: PyTorch's versions, agreement."""
 
 import itertools
 
