@@ -37,7 +37,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from data import base, commands, files, folders, recipes
-from data.columns import own_rows
+from data.columns import data_entry
 from data.commands import InputError
 from data.corpus import Corpus, Mined, documents_and_tasks, positives_of, queries_and_tasks
 from data.rows import KnownPositives, read_rows
@@ -475,7 +475,7 @@ def main():
     recipe = recipes.read_recipe(args.recipe)
     entries = [d for d in recipe["datasets"] if 2 in d["stages"] and d["kind"] in MINED_KINDS]
     if args.data:
-        entries = [own_rows(data, args.columns) for data in args.data]
+        entries = [data_entry(data, args.columns) for data in args.data]
     elif args.columns:
         raise InputError("--columns: expected --data with it")
     check_places(entries, args)
@@ -484,7 +484,7 @@ def main():
     if args.bound is None:
         args.bound = RULES[args.rule]
     if "runs/stage1" in args.model and not Path("runs/stage1", "config.json").exists():
-        hint = "run torchrun train.py --stage 1 first, or give --model"
+        hint = "run python train.py --stage 1 first, or give --model"
         raise InputError(f"runs/stage1: no finished run: {hint}")
     teachers = [find_teacher(name, args) for name in args.model]
     Path(args.out).mkdir(parents=True, exist_ok=True)

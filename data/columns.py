@@ -40,7 +40,7 @@ MARKS = {".csv": ",", ".tsv": "\t"}
 FORMAT = 1  # of what is converted; another number has all converted anew
 
 
-def own_rows(data, columns=None):
+def data_entry(data, columns=None):
     """The flags --data and --columns -> a data set as in a recipe, or None without --data.
 
     Its "file" is for read_rows; "shown" is what messages call it.

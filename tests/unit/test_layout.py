@@ -188,8 +188,8 @@ HOUSE = {path.stem for path in ROOT.glob("*.py")} | {"data", "experiments", "tes
 BASIC = ("data.commands", "data.files")
 ALLOWED = {  # file: what it may import of ours beside data.commands and data.files
     "nvembed.py": "data.folders data.quantize data.texts",
-    "train.py": "nvembed data.base data.columns data.machine data.ranks"
-    " data.recipes data.rows data.runs data.sampling",
+    "train.py": "nvembed data.base data.columns data.machine data.ranks data.recipes data.rows"
+    " data.runs data.sampling",
     "mine.py": "nvembed data.base data.columns data.corpus data.folders data.recipes data.rows",
     "eval.py": "nvembed data.base data.folders data.tasks",
     "data/__init__.py": "",
