@@ -81,7 +81,7 @@ METHODS = {"mean": mean, "slerp": slerp}
 
 
 def load(name):
-    """A model by the name of its folder, mapped from its files; one that pools untrained is none."""
+    """A model, mapped from its files. A base, whose pooling layer is untrained, is refused."""
     folder = local_folder(resolve(name))
     model = nvembed.NVEmbed.from_pretrained(folder, device=None)
     if nvembed.lora_layers(model):
