@@ -2,8 +2,8 @@
 
     text -> tokens -> decoder without causal mask -> latent attention -> mean -> unit vector
 
-    python nvembed.py                       embeds the model card's example with the default base
-    python nvembed.py runs/stage2           the same with a run, a folder or a hub id
+    python nvembed.py                  # embeds the model card's example with the default base
+    python nvembed.py runs/stage2      # the same with a run, a folder or a hub id
 
 The texts of a batch are packed one after another, without padding. Shapes stand at line ends:
 
@@ -33,7 +33,7 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data import folders
+from data import folders, sentence
 from data.commands import Flags, InputError, check_ranges, one_line, run_command
 from data.files import ROOT, check_types, read_json
 from data.quantize import check_plain, quantize_weights
@@ -56,7 +56,7 @@ class Config:
     num_attention_heads: int  # H
     num_key_value_heads: int  # G
     eos_token_id: int
-    bos_token_id: int | None = None  # None: the tokenizer has none (Qwen2)
+    bos_token_id: int | None = None  # None: the tokenizer has none (Qwen)
     head_dim: int | None = None  # K, default D / H
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
@@ -64,12 +64,14 @@ class Config:
     sliding_window: int | None = None  # of causal attention; a bidirectional mask has no window
     max_position_embeddings: int = 32768
     qkv_bias: bool = False  # Qwen2
+    qk_norm: bool = False  # Qwen3: RMSNorm of each head's queries and keys
     causal: bool = False  # the paper removes the causal mask (section 3.1)
     pooling: str = "latent"
     mask_instruction: bool = True  # an instruction is attended to but not pooled (section 4)
     add_eos: bool = True  # False: the tokenizer of a sentence-transformers folder adds none
     keep_eos: bool | None = None  # truncation keeps the eos; default: only where it is pooled
-    max_seq_length: int | None = None  # of a text unless `encode` is told another; default 512
+    max_seq_length: int = 512  # of a text unless `encode` is told another
+    query_template: str = folders.QUERY_TEMPLATE  # "Instruct: {instruction}\nQuery: "
     num_latents: int = 512  # R
     num_cross_heads: int = 8  # C
     cross_dim_head: int | None = None  # E, default D
@@ -78,14 +80,13 @@ class Config:
         check_types(self)
         if self.pooling not in POOLINGS:
             raise InputError(f"field 'pooling': expected one of {POOLINGS}, got {self.pooling!r}")
+        folders.check_template(self.query_template)
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.cross_dim_head is None:
             self.cross_dim_head = self.hidden_size
         if self.keep_eos is None:
             self.keep_eos = self.pooling == "eos" and self.add_eos
-        if self.max_seq_length is None:
-            self.max_seq_length = 512
         self.max_seq_length = min(self.max_seq_length, self.max_position_embeddings)
 
 
@@ -99,9 +100,9 @@ class Tokens(NamedTuple):
     not_pooled: int
 
 
-def query_prefix(instruction):
+def query_prefix(instruction, template):
     """What stands before a query that has an instruction; the one place that knows it."""
-    return f"Instruct: {instruction}\nQuery: " if instruction else ""
+    return template.replace("{instruction}", instruction) if instruction else ""
 
 
 def tokenize(tokenizer, c, texts, instruction="", max_length=None):
@@ -112,14 +113,15 @@ def tokenize(tokenizer, c, texts, instruction="", max_length=None):
 
         <s> Instruct : Find it \n Query :  how deep is the lake ? </s>      pooled: "how" to </s>
 
-    The rule: bos and each token that starts before the prefix's last space are not pooled. This is
-    the released rule wherever that space and the next word are one token.
+    The rule: bos and each token that starts before the prefix's last space, or its end where it has
+    none, are not pooled. This is the released rule wherever that space and the next word are one
+    token.
     Documents have no instruction and are pooled whole, bos and eos too. A text that is too long
     loses its end and, as released, its eos with it, unless c.keep_eos.
     """
     texts, tasks = check_texts(texts, instruction)
     max_length = check_length(max_length, c)
-    prefixes = [query_prefix(task) for task in tasks]
+    prefixes = [query_prefix(task, c.query_template) for task in tasks]
     if any(prefix.startswith("Instruct: Instruct:") for prefix in prefixes):
         raise InputError("instruction: expected the bare task; 'Instruct: ' is added here")
     whole = [prefix + text for prefix, text in zip(prefixes, texts, strict=True)]
@@ -138,8 +140,8 @@ def tokenize(tokenizer, c, texts, instruction="", max_length=None):
                 ids[-1] = c.eos_token_id
         not_pooled = 0
         if prefix and c.mask_instruction:
-            space = len(prefix) - 1
-            not_pooled = len(bos) + sum(start < space for start, _ in encoding.offsets)
+            end = len(prefix.removesuffix(" "))
+            not_pooled = len(bos) + sum(start < end for start, _ in encoding.offsets)
         if not_pooled >= len(ids):
             expected = f"expected more ids than the instruction's {not_pooled}"
             raise InputError(f"max_length {max_length}: {expected}, got {len(ids)}")
@@ -390,6 +392,8 @@ class Attention(nn.Module):
         self.k_proj = Linear(c.hidden_size, kv_width, bias=c.qkv_bias)
         self.v_proj = Linear(c.hidden_size, kv_width, bias=c.qkv_bias)
         self.o_proj = Linear(q_width, c.hidden_size, bias=False)
+        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
         self.dropout = LoraDropout()
 
     def forward(self, x, rope, lengths):
@@ -404,7 +408,7 @@ class Attention(nn.Module):
         q = self.q_proj(x, low_q).unflatten(-1, (-1, head_dim))  # (S, H, K)
         k = self.k_proj(x, low_k).unflatten(-1, (-1, head_dim))  # (S, G, K)
         v = self.v_proj(x, low_v).unflatten(-1, (-1, head_dim))  # (S, G, K)
-        return rotate(q, *rope), rotate(k, *rope), v
+        return rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope), v
 
 
 class MLP(nn.Module):
@@ -446,7 +450,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Mistral / Llama / Qwen2 without LM head: ids (S,) of packed texts -> hidden states (S, D)."""
+    """Mistral, Llama, Qwen2 or 3 without LM head: ids (S,) of packed texts -> states (S, D)."""
 
     def __init__(self, c):
         super().__init__()
@@ -712,7 +716,7 @@ class NVEmbed(nn.Module):
     def from_pretrained(cls, path, device="cpu", dtype=torch.float32, quantize=None, **settings):
         """Loads a folder or hub id -> NVEmbed in eval mode, its weights frozen.
 
-        It may be a Mistral / Llama / Qwen2 base, NV-Embed-v1 / v2, a model saved here, or a PEFT
+        It may be a Mistral, Llama or Qwen base, NV-Embed-v1 or v2, a model saved here, or a PEFT
         adapter with its base. `settings` override the stored Config. `quantize` is int8, fp8 or
         int4 for smaller projections (data/quantize.py). With device None the weights stay mapped
         from the file, in its dtype, for a caller who moves them block by block.
@@ -827,6 +831,16 @@ def fresh_pooling(config, device, dtype):
         torch.manual_seed(0)
         layer = LatentAttention(config)
     return layer.to(device, dtype) if device else layer
+
+
+# ---- sentence-transformers
+
+
+def __getattr__(name):
+    """`from nvembed import SentenceModule` imports sentence-transformers, and only that does."""
+    if name == "SentenceModule":
+        return sentence.sentence_module(NVEmbed)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 # ---- the command

@@ -50,8 +50,8 @@ from data.ranks import Stopped, all_gather, all_reduce, catch_signals, check_agr
 from data.ranks import init_ranks, leave_ranks, make_mesh, print0, rank, world_size
 from data.recipes import read_recipe, stage_settings
 from data.rows import text_id
-from data.runs import RunLog, check_loss, checkpoint, content, is_finished, load_tensors
-from data.runs import print_sizes, resume, run_folder, save_checkpoint, trained, whole
+from data.runs import RunLog, check_loss, checkpoint, content, finish, is_finished
+from data.runs import load_tensors, print_sizes, resume, run_folder, save_checkpoint, trained, whole
 from data.sampling import check_batch, check_prompts, draw_documents, draw_rows
 from data.sampling import known_positives, read_datasets, rows_of_step, shuffled_places
 from nvembed import NVEmbed, check_dims, pack, shorten
@@ -88,6 +88,8 @@ class Settings:
     recompute: bool = False  # activation checkpointing: a block keeps only its input
     compile: bool = True  # torch.compile of the blocks around attention
     shard_ranks: int = 0  # ranks that share one copy of the weights, say a node's; 0: all
+    kd: float = 0.0  # weight of `kd_loss`, from pos_scores and neg_scores of rows that have them
+    kd_temperature: float = 1.0  # of those scores; cosines, as mine.py writes, need a lower one
     distill: float = 0.0  # weight of the distillation from --teacher
     keep_zeros: bool = False  # zeros of a pruned decoder stay zero
     held_out: int = 64  # rows of each set that are kept for the held-out loss
@@ -109,6 +111,7 @@ class Batch:
     valid: torch.Tensor  # (B, L) bool, False pads a short list of negatives
     document_ids: torch.Tensor  # (B, L) text_ids
     positive_ids: torch.Tensor  # (B, P) text_ids of all known positives, padded with the first
+    scores: torch.Tensor  # (B, L) the documents' in the row, -inf for padding and where it has none
     teacher: torch.Tensor | None = None  # the teacher's embeddings of `tokens`
 
 
@@ -121,13 +124,14 @@ def make_batch(model, rows, s, positives):
     b = len(rows) // world_size()
     own = range(rank() * b, (rank() + 1) * b)
     queries, documents = [], []  # (instruction, text) of own rows
-    valid, document_ids, positive_ids = [], [], []
+    valid, document_ids, positive_ids, scores = [], [], [], []
     for i, (dataset, row, rng) in enumerate(rows):
-        texts = draw_documents(row, s.negatives, rng)
+        texts, their_scores = draw_documents(row, s.negatives, rng)
         padding = 1 + s.negatives - len(texts)
         valid.append([True] * len(texts) + [False] * padding)
         document_ids.append([text_id(text) for text in texts] + [0] * padding)
         positive_ids.append(sorted(positives[row["query"]]))
+        scores.append(their_scores + [-math.inf] * padding)
         if i in own:
             instruction = row.get("prompt", dataset.instruction)
             queries.append((instruction, row["query"]))
@@ -144,6 +148,7 @@ def make_batch(model, rows, s, positives):
         valid=torch.tensor(valid),
         document_ids=torch.tensor(document_ids),
         positive_ids=torch.tensor(positive_ids),
+        scores=torch.tensor(scores),
     )
 
 
@@ -205,6 +210,22 @@ class AllGather(torch.autograd.Function):
         return total.chunk(world_size())[rank()]
 
 
+def kd_loss(q_bD, d_BLD, batch, s):
+    """KL(teacher || student) of the softmax of the scores of a row's own documents -> scalar.
+
+    The teacher's are the row's pos_scores and neg_scores over kd_temperature, the student's are the
+    cosines over temperature. The mean is over the rows of all ranks that have scores.
+    """
+    teacher = (batch.scores / s.kd_temperature).softmax(dim=1).nan_to_num()  # (B, L), or a row of 0
+    rows = teacher.any(dim=1).sum().clamp(min=1)
+    cosines = torch.einsum("bd,bld->bl", q_bD, d_BLD[batch.own_rows])  # (b, L)
+    padding = ~batch.valid[batch.own_rows].to(cosines.device)
+    # Not -inf, which times the teacher's 0 is NaN.
+    student = (cosines / s.temperature).masked_fill(padding, -1e9).log_softmax(dim=1)
+    teacher = teacher[batch.own_rows].to(student)
+    return F.kl_div(student, teacher, reduction="sum") * world_size() / rows
+
+
 def distillation(embeddings, batch, s):
     """How far this rank's embeddings are from the teacher's (the form is ours) -> scalar.
 
@@ -237,6 +258,8 @@ def batch_loss(embeddings, batch, s):
         q, d = shorten(q_bD, dims), shorten(d_BLD, dims)
         contrast, accuracy = info_nce(q, d, batch, s)
         loss = loss + contrast / len(widths)
+        if s.kd:
+            loss = loss + s.kd * kd_loss(q, d, batch, s) / len(widths)
     if batch.teacher is not None:
         loss = loss + distillation(embeddings, batch, s)
     return loss, accuracy
@@ -384,6 +407,8 @@ def build(init, s, device, sharded=True):
 
     torch.manual_seed(s.seed)
     model = load(base, s, device)
+    for dims in s.dims:
+        check_dims(dims, model.config)
     if s.lora_rank:
         nvembed.add_lora(model, s.lora_rank, s.lora_alpha, s.lora_dropout)
     else:
@@ -437,8 +462,6 @@ def train(run, init, datasets, s, device, teacher_name=None, tensorboard=None):
     settings = asdict(s) | {"content": content(init, teacher_name, datasets)}
     check_agreement(settings)
     model, base = build(init, s, device)
-    for dims in s.dims:
-        check_dims(dims, model.config)
     s = replace(s, micro_tokens=choose_micro_tokens(model, s))
     check_prompts(datasets, model.tokenize, s.max_length)
     teacher = None
@@ -545,7 +568,7 @@ def export(run, s, datasets, device):
     model.save_pretrained(run, export_dtype)
     merged = NVEmbed.from_pretrained(run, device, torch.float32)
     cosine = (adapted * merged.encode(texts)).sum(axis=1).min()
-    (run / "finished").write_text(f"after step {s.steps}\n")
+    finish(run, s.steps, datasets, model.config.query_template)
     saved = f"{run}: saved in {s.export_dtype}"
     print(f"{saved}; cosine of merged against adapted: lowest {cosine:.6f}")
 

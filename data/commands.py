@@ -61,6 +61,8 @@ RANGES = {  # name: its interval, a round bracket leaving out its end
     "r": "[1, inf)",
     "shard_ranks": "[0, inf)",
     "distill": "[0, inf)",
+    "kd": "[0, inf)",
+    "kd_temperature": "(0, inf)",
     "held_out": "[0, inf)",
     "eval_every": "[1, inf)",
     "save_every": "[1, inf)",

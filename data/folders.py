@@ -1,7 +1,7 @@
 """What the files of a model folder say, in the dialects that are about.
 
-A folder is a Mistral / Llama / Qwen2 base, NV-Embed-v1 / v2, a model saved by this project, or a
-PEFT adapter. What would be computed otherwise than by its authors' code is refused.
+A folder is a Mistral, Llama, Qwen2 or 3 base, NV-Embed-v1 or v2, a model saved by this project, or
+a PEFT adapter. What would be computed otherwise than by its authors' code is refused.
 """
 
 import functools
@@ -22,7 +22,8 @@ from tokenizers import Tokenizer
 from data.commands import InputError, check_ranges, one_line, optional_package
 from data.files import locked, read_json, remove_abandoned, renamed, share, write_json
 
-FAMILIES = ("mistral", "llama", "qwen2", "bidir_mistral")
+FAMILIES = ("mistral", "llama", "qwen2", "qwen3", "bidir_mistral")
+QUERY_TEMPLATE = "Instruct: {instruction}\nQuery: "  # the paper's; Qwen3-Embedding's has no space
 LATENT_FIELDS = {  # our name -> the name in NV-Embed's latent_attention_config
     "num_latents": "num_latents_value",
     "num_cross_heads": "num_cross_heads",
@@ -205,7 +206,11 @@ def config_fields(folder, names):
         values["rope_theta"] = rope["rope_theta"]
     if isinstance(values.get("eos_token_id"), list):  # Llama-3 lists several, the text's end first
         values["eos_token_id"] = values["eos_token_id"][0]
-    values["qkv_bias"] = text.get("model_type") == "qwen2" or values.get("qkv_bias", False)
+    family = text.get("model_type")
+    values["qkv_bias"] = family == "qwen2" or values.get("qkv_bias", False)
+    values["qk_norm"] = family == "qwen3" or values.get("qk_norm", False)
+    if family == "qwen3":
+        values.setdefault("head_dim", 128)  # transformers' default, whatever D / H is
     values["sliding_window"] = window_of_layers(text, path)
     if isinstance(text.get("is_causal"), bool):
         values["causal"] = text["is_causal"]
@@ -246,7 +251,8 @@ def window_of_layers(text, path):
     window, family = text.get("sliding_window"), text.get("model_type")
     if window is None or family == "llama":
         return None
-    if family == "qwen2" and not text.get("use_sliding_window"):
+    qwen = family in ("qwen2", "qwen3")
+    if qwen and not text.get("use_sliding_window"):
         return None  # it names a window and says that it is not used
     positions = text.get("max_position_embeddings")
     if isinstance(window, int) and isinstance(positions, int) and window >= positions:
@@ -254,7 +260,7 @@ def window_of_layers(text, path):
     kinds = text.get("layer_types")
     if kinds is None:
         depth = text.get("num_hidden_layers")
-        full = text.get("max_window_layers", 28) if family == "qwen2" else 0
+        full = text.get("max_window_layers", 28) if qwen else 0
         if not isinstance(depth, int) or not isinstance(full, int):
             raise InputError(
                 f"{path}: fields 'num_hidden_layers' and 'max_window_layers': expected integers"
@@ -293,7 +299,7 @@ OLD_POOLINGS = {  # before version 6: a flag for each
     "pooling_mode_lasttoken": "lasttoken",
 }
 NEUTRAL_SETTINGS = ("max_seq_length", "transformer_task", "modality_config", "module_output_name")
-TEMPLATE = re.compile(r"(Instruct: .*\nQuery: )?", re.DOTALL)  # the only one that `encode` has
+PROMPT = re.compile(r"Instruct: .*(\nQuery: ?)", re.DOTALL)  # of a query
 
 
 def read_modules(folder):
@@ -332,12 +338,15 @@ def check_modules(folder):
         if not known or kind.endswith((".Router", ".Asym")):  # which name further types
             message = f"type {kind!r}: expected one of sentence_transformers, without further types"
             raise InputError(f"{folder}/modules.json: {message}")
-    optional_package("sentence_transformers", f"model '{folder}'")
+    check_sentence_transformers(f"model '{folder}'")
+
+
+def check_sentence_transformers(user):
+    """Refuses versions before 6, which would import types from a folder."""
+    optional_package("sentence_transformers", user)
     version = importlib.metadata.version("sentence-transformers")
-    if int(version.split(".")[0]) < 6:  # it would import types from the folder
-        raise InputError(
-            f"model '{folder}': expected sentence-transformers 6 or later, got {version}"
-        )
+    if int(version.split(".")[0]) < 6:
+        raise InputError(f"{user}: expected sentence-transformers 6 or later, got {version}")
 
 
 def pooling_fields(folder, decoder):
@@ -367,7 +376,7 @@ def pooling_fields(folder, decoder):
         raise InputError(f"{path}: field 'pooling_mode': expected one of {known}, got {mode!r}")
     if not raw.get("include_prompt", True):
         raise InputError(f"{path}: field 'include_prompt': expected true, got false")
-    check_prompts(folder, normalized=any(kind.endswith(".Normalize") for kind, _ in modules))
+    normalized = any(kind.endswith(".Normalize") for kind, _ in modules)
 
     text = read_json(Path(decoder, "config.json"))
     text = text.get("text_config", text)
@@ -375,6 +384,7 @@ def pooling_fields(folder, decoder):
         "causal": text.get("is_causal", text.get("model_type") != "bidir_mistral"),
         "pooling": POOLINGS[mode],
         "mask_instruction": False,  # prompts are pooled too
+        "query_template": template_of_prompts(folder, normalized),
         "max_seq_length": stated_length(folder, text),
     }
     if Path(folder, "tokenizer_config.json").exists():
@@ -385,21 +395,38 @@ def pooling_fields(folder, decoder):
     return values
 
 
-def check_prompts(folder, normalized):
-    """Refuses prompts that `encode` cannot write, and scores that are no cosines."""
+def template_of_prompts(folder, normalized):
+    """The template of a folder's prompts -> Config's `query_template`.
+
+    Refuses prompts that `encode` cannot write, and scores that are no cosines.
+    """
     path = Path(folder, "config_sentence_transformers.json")
     raw = read_json(path) if path.exists() else {}
     prompts = raw.get("prompts") or {}
+    endings = set()
     for name, prompt in prompts.items():
-        if not isinstance(prompt, str) or not TEMPLATE.fullmatch(prompt):
-            expected = r"expected none or 'Instruct: TASK\nQuery: '"
+        found = PROMPT.fullmatch(prompt) if isinstance(prompt, str) else None
+        if found:
+            endings.add(found[1])
+        elif prompt != "":
+            expected = r"expected none or 'Instruct: TASK\nQuery: ', with or without the last space"
             raise InputError(f"{path}: prompt '{name}': {expected}, got {prompt!r}")
+    if len(endings) > 1:
+        raise InputError(f"{path}: prompts: expected one ending of all, got {sorted(endings)}")
     if prompts.get(raw.get("default_prompt_name")):
         name = raw["default_prompt_name"]
         raise InputError(f"{path}: field 'default_prompt_name': expected none, got {name!r}")
     if raw.get("similarity_fn_name") not in (None, "cosine") and not normalized:
         name = raw["similarity_fn_name"]
         raise InputError(f"{path}: field 'similarity_fn_name': expected cosine, got {name!r}")
+    return "Instruct: {instruction}" + endings.pop() if endings else QUERY_TEMPLATE
+
+
+def check_template(template):
+    """Refuses a Config's `query_template` that has no place for the instruction."""
+    if template.count("{instruction}") != 1:
+        expected = "expected a text with {instruction} in it"
+        raise InputError(f"field 'query_template': {expected}, got {template!r}")
 
 
 def stated_length(folder, text):
@@ -450,7 +477,9 @@ def flagged_token(tokenizer, settings, kind):
 
 
 def released_files(fields, tokenizer, path, dtype):
-    """The JSON files of the released layout: file name -> content, config.json last.
+    """The JSON files of the released layout, and those by which sentence-transformers loads it.
+
+    File name -> content, config.json last.
 
     `fields` are Config's, `tokenizer` names the special tokens, dtype is that of the weights.
     """
@@ -493,7 +522,15 @@ def released_files(fields, tokenizer, path, dtype):
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_bos_token": "bos_token" in special,
     }
+    module = {"idx": 0, "name": "0", "path": "", "type": "nvembed.SentenceModule"}
     return {
+        "modules.json": [module],
+        "config_sentence_transformers.json": {
+            "model_type": "SentenceTransformer",
+            "prompts": {"query": "", "document": ""},
+            "default_prompt_name": None,
+            "similarity_fn_name": "cosine",
+        },
         "tokenizer_config.json": special | loading,
         "special_tokens_map.json": special,
         "config.json": config,
@@ -504,7 +541,9 @@ def released_code_can_read(fields):
     """Whether the released modelling code would embed the same; it does not read our own fields."""
     if fields["pooling"] != "latent" or not fields["mask_instruction"] or not fields["add_eos"]:
         return False
-    ours = ("causal", "qkv_bias", "rope_scaling", "keep_eos")
+    if fields["query_template"] != QUERY_TEMPLATE:
+        return False
+    ours = ("causal", "qkv_bias", "qk_norm", "rope_scaling", "keep_eos")
     return not any(fields[name] for name in ours)
 
 

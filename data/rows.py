@@ -63,7 +63,7 @@ def check_texts(row, field, where):
     if not isinstance(texts, list) or not all(is_text(text) for text in texts):
         raise InputError(f"{where}: field '{field}': expected a list of non-empty strings")
     scores = row.get(f"{field}_scores", [])
-    numbers = isinstance(scores, list) and all(type(score) in (int, float) for score in scores)
+    numbers = isinstance(scores, list) and all(is_score(score) for score in scores)
     if not numbers or len(scores) not in (0, len(texts)):
         raise InputError(f"{where}: field '{field}_scores': expected {len(texts)} numbers")
 
@@ -80,6 +80,11 @@ def check_prompt(prompt, where, field="prompt"):
 def is_text(value):
     """A string of more than white space."""
     return isinstance(value, str) and value.strip() != ""
+
+
+def is_score(value):
+    """A number that fp32 holds, so neither NaN nor infinite."""
+    return type(value) in (int, float) and abs(value) < 1e38
 
 
 def is_unicode(text):

@@ -3,6 +3,7 @@
 RUN/step_N/     trained.safetensors, optimizer.safetensors, state.json
 RUN/latest      the name of the last whole checkpoint
 RUN/log.jsonl   first what the run is, then a line a step
+RUN/README.md   the model card
 RUN/finished    written last, when the folder is a model
 """
 
@@ -22,6 +23,7 @@ from safetensors.torch import save_file
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from data import card
 from data.base import resolve
 from data.commands import InputError, optional_package
 from data.files import locked, read_json, renamed, share
@@ -79,11 +81,19 @@ def is_run(folder):
 def remove_run(run):
     """Removes what a run wrote; `latest` and `finished` first, so that half of it is no run."""
     written = [path for path in run.iterdir() if WRITTEN.fullmatch(path.name)]
+    written = [path for path in written if path.name != "README.md" or card.is_ours(path)]
     for path in sorted(written, key=lambda path: path.name not in ("finished", "latest")):
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+def finish(run, step, datasets, template):
+    """Writes the prompts and the card of a run whose model is saved, and then that it is whole."""
+    card.write_prompts(run, datasets, template)
+    card.write_card(run)
+    (run / "finished").write_text(f"after step {step}\n")
 
 
 def is_finished(run):

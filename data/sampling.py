@@ -4,6 +4,7 @@ No torch here.
 """
 
 import functools
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +61,8 @@ def read_datasets(entries, stage, s, mined=None):
         datasets.append(dataset)
     if not datasets:
         raise InputError(f"recipe: expected a data set of stage {stage}, got none")
+    if s.kd and not any(has_scores(row) for dataset in datasets for row in dataset.rows):
+        raise InputError("kd: expected rows with pos_scores and neg_scores, got none")
     return datasets
 
 
@@ -165,12 +168,25 @@ def rows_of_step(datasets, s, step):
 
 
 def draw_documents(row, negatives, rng):
-    """One of the row's positives, then its negatives, at most so many -> list of str."""
-    positive = row["pos"][rng.integers(len(row["pos"]))]
+    """One of the row's positives, then its negatives, at most so many -> texts, their scores.
+
+    The scores are all -inf in a row that has none.
+    """
+    positive = rng.integers(len(row["pos"]))
     order = range(len(row["neg"]))
     if len(row["neg"]) > negatives:
         order = rng.permutation(len(row["neg"]))[:negatives]
-    return [positive, *(row["neg"][i] for i in order)]
+    texts = [row["pos"][positive], *(row["neg"][i] for i in order)]
+    if not has_scores(row):
+        return texts, [-math.inf] * len(texts)
+    scores = [row["pos_scores"][positive], *(row["neg_scores"][i] for i in order)]
+    return texts, [float(score) for score in scores]
+
+
+def has_scores(row):
+    """Whether a row has a score for each of its documents."""
+    scores = row.get("pos_scores", []) + row.get("neg_scores", [])
+    return len(scores) == len(row["pos"]) + len(row["neg"])
 
 
 def known_positives(datasets):

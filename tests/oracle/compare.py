@@ -24,6 +24,7 @@ FAMILIES = {
     "mistral-window": ("mistral", {"sliding_window": 9}),
     "llama3-scaling": ("llama", {"rope_parameters": ref.LLAMA3}),
     "qwen2-bias": ("qwen2", {"bos_token_id": None}),
+    "qwen3-norms": ("qwen3", {"bos_token_id": None, "head_dim": 24}),
 }
 
 

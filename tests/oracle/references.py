@@ -85,12 +85,11 @@ def randomise(model, seed=0):
 
 
 def hf_model(family, lm_head=False, seed=0, **changes):
-    """transformers' Mistral, Llama or Qwen2 in fp32 with eager attention and random weights."""
-    name = {"mistral": "Mistral", "llama": "Llama", "qwen2": "Qwen2"}[family]
+    """transformers' Mistral, Llama, Qwen2 or 3 in fp32 with eager attention and random weights."""
+    name = family.capitalize()
     settings = TINY | ({"sliding_window": None} if family == "mistral" else {}) | changes
-    config = getattr(transformers, f"{name}Config")(
-        **settings, tie_word_embeddings=False, attn_implementation="eager"
-    )
+    settings = {"tie_word_embeddings": False, "attn_implementation": "eager"} | settings
+    config = getattr(transformers, f"{name}Config")(**settings)
     kind = f"{name}ForCausalLM" if lm_head else f"{name}Model"
     return randomise(getattr(transformers, kind)(config).eval(), seed)
 

@@ -147,7 +147,7 @@ def test_what_the_released_code_would_misread_is_nvembed_x(settings, released, b
     assert gap(again.encode(TEXTS, TASK), plain) > 1e-3 or "keep_eos" in settings
 
 
-SAVED = ["qwen2-bias", "llama3-scaling", "mistral-window", "mistral-wide-heads"]
+SAVED = ["qwen2-bias", "qwen3-norms", "llama3-scaling", "mistral-window", "mistral-wide-heads"]
 
 
 @pytest.mark.parametrize("name", SAVED)

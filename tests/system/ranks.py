@@ -34,6 +34,13 @@ def first_columns(q_bD, d_BLD, batch, s, info_nce=train.info_nce):
     return info_nce(q_bD, d_BLD, replace(batch, own_rows=first), s)
 
 
+def mean_of_own_rows(q_bD, d_BLD, batch, s, kd_loss=train.kd_loss):
+    """The control: each rank's mean is over its own rows with scores, however many it has."""
+    has = batch.scores.isfinite().any(dim=1)
+    own = has[batch.own_rows].sum() * world_size()
+    return kd_loss(q_bD, d_BLD, batch, s) * has.sum() / own
+
+
 def embed_by_teacher(model, batch, job, s, key):
     teacher = train.load(job["teacher"], s, "cpu").requires_grad_(False)
     teacher = train.place(teacher, s, init_ranks())
@@ -55,6 +62,8 @@ def write_gradients(folder, job):
         train.AllGather.backward = staticmethod(plain_gather)
     if job.get("control") == "columns":
         train.info_nce = first_columns
+    if job.get("control") == "kd":
+        train.kd_loss = mean_of_own_rows
     if job.get("control") == "replay":
         train.reseed = lambda *key: None
     key = (s.seed, 0, rank())

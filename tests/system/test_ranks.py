@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT
-from helpers import batch_rows, learned, log, settings, torchrun, worst
+from helpers import batch_rows, learned, log, scored, settings, torchrun, worst
 from safetensors.torch import load_file, save_file
 
 import nvembed
@@ -96,6 +96,16 @@ def test_dims_on_two_ranks(gradients, alone):
     on = {"settings": {"dims": [8, 32]}}
     (one,) = gradients(1, [on])
     two, control = gradients(2, [on, on | {"control": "gather"}])
+    assert worst(one, two) <= 1e-5
+    torch.testing.assert_close(two["loss"], one["loss"], rtol=1e-5, atol=0)
+    assert min(worst(one, alone[0]), worst(one, control)) > 1e-2
+
+
+def test_kd_on_two_ranks(gradients, alone):
+    """Of eight rows the first rank has three with scores, the second two."""
+    on = {"rows": scored(batch_rows()), "settings": {"kd": 1.0}}
+    (one,) = gradients(1, [on])
+    two, control = gradients(2, [on, on | {"control": "kd"}])
     assert worst(one, two) <= 1e-5
     torch.testing.assert_close(two["loss"], one["loss"], rtol=1e-5, atol=0)
     assert min(worst(one, alone[0]), worst(one, control)) > 1e-2

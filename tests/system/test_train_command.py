@@ -315,6 +315,8 @@ BAD_SETTINGS = [
     ("dims", [8, True], "stages.1.dims: expected a list of int, got [8, True]"),
     ("dims", [8, 0], "stages.1.dims: expected a number in [1, inf), got 0"),
     ("dims", [8, 65], "dims: expected from 1 to 64, the width of a vector, got 65"),
+    ("kd", -1, "stages.1.kd: expected a number in [0, inf), got -1"),
+    ("kd_temperature", 0, "stages.1.kd_temperature: expected a number in (0, inf), got 0"),
     ("false_negatives", -0.1, "stages.1.false_negatives: expected a number in [0, 2], got -0.1"),
     ("steps", 0, "stages.1.steps: expected a number in [1, inf), got 0"),
     ("temperature", -1, "stages.1.temperature: expected a number in (0, inf), got -1"),
@@ -331,6 +333,26 @@ def test_bad_stage_setting(recipe, tmp_path, name, value, message):
     assert message in line
     assert str(path) in line or value == [8, 65]  # it is the model that is too narrow
     assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+def test_kd_needs_scores(recipe, tmp_path):
+    """One row with scores will do, if only for a part of the batches."""
+    own, run = tmp_path / "my.jsonl", tmp_path / "run"
+    flags = ("--data", own, "--held-out", 0, "--steps", 3, "--kd", 1)
+    rows = some_rows(12)
+    rows[0]["pos_scores"] = [1.0]  # not of all its documents
+    write_rows(own, rows)
+    line = told(command(recipe, *flags, "--out", run))
+    assert line == "error: kd: expected rows with pos_scores and neg_scores, got none"
+    rows[0]["neg_scores"] = [0.5, 1]
+    write_rows(own, rows)
+    losses = []
+    for kd in ((), ("--kd", 0), ("--kd-temperature", 0.1)):
+        out = tmp_path / str(len(losses))
+        code, _, err = command(recipe, *flags, *kd, "--out", out)
+        assert code == 0, err
+        losses.append(np.array([line["loss"] for line in log(out)[1:]]))
+    assert (losses[0] != losses[1]).any() and (losses[0] != losses[2]).any()
 
 
 def test_dims_by_flag(recipe, tmp_path):
