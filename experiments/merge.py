@@ -4,14 +4,19 @@
     python experiments/merge.py runs/a runs/b --out runs/ab --weights 1 3      a quarter, three
     python experiments/merge.py runs/a runs/b --out runs/ab --method slerp     of two models
 
+The seeds of a cell of ablate.py, and its means over single runs beside those of their mean:
+
+    python experiments/merge.py runs/ablations/CELL/{0,1,2} --out runs/ablations/CELL-merged
+    python experiments/ablate.py --compare runs/ablations/CELL runs/ablations/CELL-merged
+
 mean    w_1 a + w_2 b + ..., the weights adding up to 1: a "soup" (Wortsman et al. 2022, arXiv
         2203.05482); the recipes of many embedders end with one of their checkpoints
 slerp   sin((1 - t) u) / sin(u) a + sin(t u) / sin(u) b, where t is the second weight and u the
         angle between a and b: on the arc between them in place of its chord (Shoemake 1985)
 
 Both are taken tensor by tensor, in fp32; slerp reads each tensor as one long vector. Models that
-began as one, such as the seeds of a cell of ablate.py or checkpoints kept by --keep, are near each
-other. Those that did not have no mean that embeds.
+began as one, such as the seeds of a cell or the checkpoints that --keep keeps, are near each other.
+The mean of others embeds nothing.
 
 Inputs are mapped from their files: memory holds the merged model, and one tensor of each.
 """
@@ -29,8 +34,9 @@ sys.path.insert(0, str(ROOT))  # the script runs from any folder
 
 import nvembed
 from data.base import resolve
+from data.card import PROMPTS
 from data.commands import Flags, InputError, run_command
-from data.files import locked, write_json
+from data.files import locked, read_json, write_json
 from data.folders import content_hash, local_folder, read_weights
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -120,6 +126,17 @@ def merge(models, method, weights, dtype):
     return models[0]
 
 
+def write(out, model, dtype, first, made_of):
+    """Writes a merged model with the prompts of the folder `first`, and what it is made of."""
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out):
+        model.save_pretrained(out, dtype)
+        if (first / PROMPTS).exists():
+            prompts = read_json(first / PROMPTS).get("prompts", {})
+            write_json(out / PROMPTS, read_json(out / PROMPTS) | {"prompts": prompts})
+        write_json(out / "merge.json", made_of)
+
+
 # ---- the command
 
 
@@ -153,19 +170,17 @@ def main():
     flag("--export-dtype", choices=DTYPES, help="of the saved weights; default: the first model's")
     args = parser.parse_args()
     check_arguments(args)
-    models = [load(name) for name in args.models]
-    check_same(args.models, models)
-    dtype = models[0].embedding_model.embed_tokens.weight.dtype
+    loaded = [load(name) for name in args.models]
+    check_same(args.models, loaded)
+    dtype = loaded[0].embedding_model.embed_tokens.weight.dtype
     if args.export_dtype:
         dtype = getattr(torch, args.export_dtype)
-    hashes = [content_hash(local_folder(resolve(name))) for name in args.models]
-    merged = merge(models, args.method, args.weights, dtype)
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    with locked(args.out):
-        merged.save_pretrained(args.out, dtype)
-        made_of = dict(zip(args.models, hashes, strict=True))
-        made = {"models": made_of, "method": args.method, "weights": args.weights}
-        write_json(Path(args.out, "merge.json"), made)
+    folders = [local_folder(resolve(name)) for name in args.models]
+    hashes = [content_hash(folder) for folder in folders]
+    models = list(zip(args.models, hashes, strict=True))
+    made_of = {"models": models, "method": args.method, "weights": args.weights}
+    merged = merge(loaded, args.method, args.weights, dtype)
+    write(Path(args.out), merged, dtype, folders[0], made_of)
     print(f"{args.out}: {args.method} of {', '.join(args.models)} by {args.weights}")
 
 

@@ -204,9 +204,24 @@ def test_the_merged_folder_is_a_model(models, released, tmp_path, monkeypatch):
     original = json.loads((models[0] / "tokenizer.json").read_text())
     assert json.loads((tmp_path / "ab/tokenizer.json").read_text())["model"] == original["model"]
     made = json.loads((tmp_path / "ab/merge.json").read_text())
-    hashes = {str(model): content_hash(model) for model in models[:2]}
+    hashes = [[str(model), content_hash(model)] for model in models[:2]]
     assert made == {"models": hashes, "method": "mean", "weights": [1.0, 3.0]}
     merged("ab", models[2], "--out", "abc")  # what was merged can be merged
+
+
+def test_the_prompts_of_the_first_model(models, tmp_path):
+    """A run has its recipe's; a released model has no such file, and then they are empty."""
+    one, two = (shutil.copytree(model, tmp_path / model.name) for model in models[:2])
+    name = "config_sentence_transformers.json"
+    prompts = {"query": "Instruct: Find it\nQuery: ", "document": ""}
+    (one / name).write_text(json.dumps({"prompts": prompts, "similarity_fn_name": "cosine"}))
+    for folders, expected in (((one, two), prompts), ((two, one), {"query": "", "document": ""})):
+        out = tmp_path / f"merged {folders[0].name}"
+        merged(*folders, "--out", out)
+        found = json.loads((out / name).read_text())
+        assert found["prompts"] == expected
+        assert found["similarity_fn_name"] == "cosine"
+        NVEmbed.from_pretrained(out)
 
 
 def test_dtypes(models, tmp_path):
