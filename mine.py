@@ -37,7 +37,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from data import base, commands, files, folders, recipes
-from data.columns import own_rows
+from data.columns import data_entry
 from data.commands import InputError
 from data.corpus import Corpus, Mined, documents_and_tasks, positives_of, queries_and_tasks
 from data.rows import KnownPositives, read_rows
@@ -475,7 +475,7 @@ def main():
     recipe = recipes.read_recipe(args.recipe)
     entries = [d for d in recipe["datasets"] if 2 in d["stages"] and d["kind"] in MINED_KINDS]
     if args.data:
-        entries = [own_rows(data, args.columns) for data in args.data]
+        entries = [data_entry(data, args.columns) for data in args.data]
     elif args.columns:
         raise InputError("--columns: expected --data with it")
     check_places(entries, args)

@@ -42,7 +42,7 @@ from torch.distributed.tensor import DTensor
 
 import nvembed
 from data.base import resolve
-from data.columns import own_rows
+from data.columns import data_entry
 from data.commands import Flags, InputError, check_ranges, run_command
 from data.files import ROOT, read_json
 from data.machine import choose_micro_tokens, describe_machine, measure_peak, speed
@@ -641,9 +641,9 @@ def main():
     s = read_settings(recipe, args)
     data_stage = min(args.stage, 2)  # stage 3 recovers on the rows of stage 2
     entries, name = recipe["datasets"], f"stage{args.stage}"
-    own = own_rows(args.data, args.columns)
-    if own:
-        entries, name = [own | {"stages": [data_stage]}], own["name"]
+    entry = data_entry(args.data, args.columns)
+    if entry:
+        entries, name = [entry | {"stages": [data_stage]}], entry["name"]
     run = Path(args.out or Path("runs", name))
     init = initial_model(args, recipe)
     if args.teacher and not s.distill:

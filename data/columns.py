@@ -14,6 +14,7 @@ import glob
 import gzip
 import hashlib
 import json
+import os
 import re
 import sys
 import zlib
@@ -40,7 +41,7 @@ MARKS = {".csv": ",", ".tsv": "\t"}
 FORMAT = 1  # of what is converted; another number has all converted anew
 
 
-def own_rows(data, columns=None):
+def data_entry(data, columns=None):
     """The flags --data and --columns -> a data set as in a recipe, or None without --data.
 
     Its "file" is for read_rows; "shown" is what messages call it.
@@ -63,7 +64,9 @@ def rows_file(data, columns=None):
         return data
     name = name_of(table)
     local = path.exists() or is_lines(path)
-    what = table | {"path": file_ending(data) if local else str(path)}
+    if not local and file_ending(table["path"]) in FILE_FORMATS:
+        raise InputError(f"{data}: no such file")
+    what = table | {"path": file_ending(table["path"]) if local else table["path"]}
     stem = f"{name}-{hash_of([FORMAT, what, chosen])}"
     if local:
         version = hash_of_files(table)
@@ -84,7 +87,7 @@ def read_name(data):
 def name_of(table):
     """What a table's rows, and so runs, are called: the file's name without its ending."""
     path = table["path"]
-    parts = [Path(path.removesuffix(".gz")).name]
+    parts = [os.path.basename(os.path.abspath(path.removesuffix(".gz")))]  # of "." too
     if file_ending(path) in FILE_FORMATS:
         parts = [Path(parts[0]).stem]
     if table["config"]:
