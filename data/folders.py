@@ -475,11 +475,19 @@ def flagged_token(tokenizer, settings, kind):
 
 # ---- the released layout
 
+PEER_FILES = {  # by which sentence-transformers loads a model saved here
+    "modules.json": [{"idx": 0, "name": "0", "path": "", "type": "nvembed.SentenceModule"}],
+    "config_sentence_transformers.json": {
+        "model_type": "SentenceTransformer",
+        "prompts": {"query": "", "document": ""},
+        "default_prompt_name": None,
+        "similarity_fn_name": "cosine",
+    },
+}
+
 
 def released_files(fields, tokenizer, path, dtype):
-    """The JSON files of the released layout, and those by which sentence-transformers loads it.
-
-    File name -> content, config.json last.
+    """The JSON files of the released layout: file name -> content, config.json last.
 
     `fields` are Config's, `tokenizer` names the special tokens, dtype is that of the weights.
     """
@@ -522,15 +530,7 @@ def released_files(fields, tokenizer, path, dtype):
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_bos_token": "bos_token" in special,
     }
-    module = {"idx": 0, "name": "0", "path": "", "type": "nvembed.SentenceModule"}
-    return {
-        "modules.json": [module],
-        "config_sentence_transformers.json": {
-            "model_type": "SentenceTransformer",
-            "prompts": {"query": "", "document": ""},
-            "default_prompt_name": None,
-            "similarity_fn_name": "cosine",
-        },
+    return PEER_FILES | {
         "tokenizer_config.json": special | loading,
         "special_tokens_map.json": special,
         "config.json": config,

@@ -33,8 +33,7 @@ def sentence_module(embedder):
     class SentenceModule(InputModule):
         """NVEmbed as the only module of a SentenceTransformer: texts -> unit vectors (B, D).
 
-        `model` is an NVEmbed or what `from_pretrained` loads, with its settings. A prompt is the
-        whole of what stands before a text, "Instruct: TASK\\nQuery: ": see `instruction_of`.
+        `model` is an NVEmbed or what `from_pretrained` loads, with its settings.
         """
 
         def __init__(self, model, **settings):
@@ -57,9 +56,7 @@ def sentence_module(embedder):
             return self.model.config.hidden_size
 
         def on_model_ready(self, model):
-            for name, prompt in self.prompts.items():
-                if not model.prompts.get(name):
-                    model.prompts[name] = prompt
+            add_prompts(model, self.prompts)
 
         def save(self, path, *args, **kind):
             settings = peer_settings(path)  # SentenceTransformer has written its own
@@ -84,6 +81,13 @@ def finished(cls):
     cls.max_seq_length = property(lambda self: self.model.config.max_seq_length, set_max_length)
     cls.__module__, cls.__qualname__ = "nvembed", "SentenceModule"
     return cls
+
+
+def add_prompts(model, prompts):
+    """Gives a SentenceTransformer made of modules the prompts that it lacks, or has empty."""
+    for name, prompt in prompts.items():
+        if not model.prompts.get(name):
+            model.prompts[name] = prompt
 
 
 def set_max_length(module, length):
