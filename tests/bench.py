@@ -812,14 +812,12 @@ def cache(args):
 
 MINUTES = 8  # of the whole command
 Row = namedtuple("Row", "version_1 beside goal gpu", defaults=("", "", "", False))
-# Name of a part: its seconds at most, {row: what is known of it and wanted, whether it needs a GPU}.
+# Name of a part: its seconds at most, {row: what is known and wanted, whether it needs a GPU}.
 PARTS = {
     "right": (
         120,
         {
-            "peak of products against CUDA's clock": Row(
-                "356 for 783 TFLOP/s", "", "<= 0.05", True
-            ),
+            "peak of products, error": Row("356 for 783 TFLOP/s", "", "<= 0.05", True),
             "attend, float32, against fp64": Row("right", "", "<= 1e-5"),
             "attend, bfloat16, against fp64": Row("right", "", "<= 0.01", True),
             "attend, float16, against fp64": Row("right", "", "<= 0.002", True),
@@ -1008,7 +1006,7 @@ def run_one_part(args):
 
 def part_right(part):
     device = part.device
-    part.measure("peak of products against CUDA's clock", check_yardstick, device)
+    part.measure("peak of products, error", check_yardstick, device)
     for name in ("float32", "bfloat16", "float16"):
         part.measure(f"attend, {name}, against fp64", check_attend, device, getattr(torch, name))
     part.measure("encode, all poolings, against the CPU", check_encode, device)
@@ -1358,7 +1356,8 @@ def trained_base(part, folder, run):
     start = time.perf_counter()
     our_command("train.py", *flags)
     seconds = time.perf_counter() - start
-    head, before, *steps = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    lines = (run / "log.jsonl").read_text().splitlines()
+    before, *steps = [json.loads(line) for line in lines[1:]]
     rate = statistics.median(record["tokens_per_s"] for record in steps)
     share = statistics.median(record["share_of_peak"] for record in steps)
     losses = [record["held_out_loss"] for record in (before, steps[-1])]
