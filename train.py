@@ -446,14 +446,14 @@ def place(model, s, device, sharded=True):
 
 
 def flops_a_token(model, batch, s):
-    """FLOPs a token of a step; attention and embedding are not counted.
+    """FLOPs a token of a step; attention, embedding and pooling are not counted.
 
     Of each weight: forward 2, backward to the inputs 2; the cache's forward 2; backward to the
     weights 2 if they are trained; a teacher's forward 2.
     """
     cached = len(pack(batch.tokens, s.micro_tokens)) > 1
-    weights = sum(p.numel() for p in model.parameters())
-    weights -= model.embedding_model.embed_tokens.weight.numel()
+    decoder = model.embedding_model
+    weights = sum(p.numel() for p in decoder.parameters()) - decoder.embed_tokens.weight.numel()
     return weights * (4 + 2 * (cached + (s.lora_rank == 0) + (s.distill > 0)))
 
 
