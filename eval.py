@@ -69,6 +69,8 @@ class Encoder(AbsEncoder):
             expected = f"expected {path}, then none or some of {known}"
             raise InputError(f"--model {spec}: {expected}")
         self.settings = dict(SETTINGS[word] for word in words)
+        if len(self.settings) < len(words):
+            raise InputError(f"--model {spec}: expected one word for a setting, got two")
         if "pooling" not in self.settings:
             check_pooling(self.folder)
 

@@ -413,7 +413,9 @@ def mine_file(entry, teachers, args):
     plan["instruction"] = entry["instruction"]
     plan["symmetric"] = entry.get("symmetric", False)
     plan["sha256"] = files.digest(entry["file"])
-    if files.finished(target, report, plan):
+    earlier = files.finished(target, report, plan)
+    files.check_unchanged(target, report, entry["file"])
+    if earlier:
         print(f"{target}: already mined with these settings")
         return
     mined, counts = mine(rows, teachers, entry, args, corpus)
@@ -421,7 +423,8 @@ def mine_file(entry, teachers, args):
         command = "python mine.py " + " ".join(sys.argv[1:])
         files.begin(report)
         files.write_rows(target, mined)
-        files.write_json(report, {"command": command, "plan": plan, "counts": counts})
+        made = {"of": os.path.abspath(entry["file"]), "sha256": files.digest(target)}
+        files.write_json(report, {"command": command, "plan": plan, "counts": counts, **made})
         numbers = ", ".join(f"{name} {number:,}" for name, number in counts.items())
         print(f"{target}: {numbers}", flush=True)
 

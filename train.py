@@ -575,6 +575,7 @@ def export(run, s, datasets, device):
 
 # ---- the command
 
+RESERVED = ("stage1", "stage2", "stage3", "mined", "pruned")  # folders of runs/
 BEFORE = {  # stage: what it begins with, and what makes that
     2: ("runs/stage1", "--stage 1"),
     3: ("runs/pruned", "experiments/compress.py"),
@@ -644,6 +645,8 @@ def main():
     entry = data_entry(args.data, args.columns)
     if entry:
         entries, name = [entry | {"stages": [data_stage]}], entry["name"]
+        if not args.out and name in RESERVED:
+            raise InputError(f"--data {args.data}: expected --out: runs/{name} is a stage's")
     run = Path(args.out or Path("runs", name))
     init = initial_model(args, recipe)
     if args.teacher and not s.distill:

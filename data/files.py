@@ -115,6 +115,17 @@ def finished(path, report, plan):
     return earlier if path.exists() and earlier["plan"] == plan else None
 
 
+def check_unchanged(path, report, source):
+    """Refuses to use or replace a file that was changed, or made of another file than `source`."""
+    earlier = read_json(report) if report.exists() else {}
+    if "of" not in earlier or not path.exists():
+        return
+    if digest(path) != earlier["sha256"]:
+        raise InputError(f"{path}: was changed since it was made; move it, or use another --out")
+    if os.path.abspath(source) != earlier["of"] and os.path.exists(earlier["of"]):
+        raise InputError(f"{path}: was made of {earlier['of']}; use another --out for {source}")
+
+
 def begin(report):
     """Writes a report that stands for unfinished files, which may be overwritten."""
     write_json(report, {"plan": None})

@@ -39,6 +39,8 @@ def local_folder(path):
         return Path(path)
     if Path(path).exists():
         raise InputError(f"model '{path}': expected a folder, got a file")
+    if str(path).startswith(("/", ".", "~")) or str(path).count("/") > 1:
+        raise InputError(f"model '{path}': no such folder")
     try:
         folder = snapshot_download(str(path), allow_patterns=["*.safetensors", "*.json"])
     except (OSError, ValueError) as error:  # no network, no such model, not a hub id
@@ -201,6 +203,8 @@ def config_fields(folder, names):
     check_architecture(text, rope, rope_type, path)
 
     values = {name: text[name] for name in names if text.get(name) is not None}
+    if "num_attention_heads" in values:  # Llama-1 has as many of both, and names one
+        values.setdefault("num_key_value_heads", values["num_attention_heads"])
     values["rope_scaling"] = rope if rope_type == "llama3" else None
     if "rope_theta" in rope:
         values["rope_theta"] = rope["rope_theta"]
@@ -416,6 +420,9 @@ def template_of_prompts(folder, normalized):
     if prompts.get(raw.get("default_prompt_name")):
         name = raw["default_prompt_name"]
         raise InputError(f"{path}: field 'default_prompt_name': expected none, got {name!r}")
+    if raw.get("truncate_dim") is not None:
+        dims = raw["truncate_dim"]
+        raise InputError(f"{path}: field 'truncate_dim': expected none, got {dims}: encode has dims")
     if raw.get("similarity_fn_name") not in (None, "cosine") and not normalized:
         name = raw["similarity_fn_name"]
         raise InputError(f"{path}: field 'similarity_fn_name': expected cosine, got {name!r}")
@@ -450,6 +457,8 @@ def added_tokens(folder):
     tokenizer_config.json.
     """
     settings = read_json(Path(folder, "tokenizer_config.json"))
+    if settings.get("truncation_side", "right") != "right":
+        raise InputError(f"{folder}/tokenizer_config.json: field 'truncation_side': expected right")
     added = read_json(Path(folder, "tokenizer.json")).get("post_processor")
     tokenizer = Tokenizer.from_file(str(Path(folder, "tokenizer.json")))
     if added is None:
@@ -547,6 +556,15 @@ def released_code_can_read(fields):
     return not any(fields[name] for name in ours)
 
 
+def folder_to_write(path, other):
+    """A folder for a model or an adapter -> Path; with the file `other` in it, it would be both."""
+    if not path:
+        raise InputError(f"path: expected a folder to write, got {path!r}")
+    if Path(path, other).exists():
+        raise InputError(f"{path}: expected another folder: there is a {other} in it")
+    return Path(path)
+
+
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 
 
@@ -556,7 +574,7 @@ def write_model(path, state, fields, tokenizer):
     config.json is removed first and written last: with it the folder is whole. What is there, and
     may be mapped by this very model, stays until all weights are written.
     """
-    path = Path(path)
+    path = folder_to_write(path, "adapter_config.json")
     check_finite(state, path)
     path.mkdir(parents=True, exist_ok=True)
     remove_abandoned(path, ".weights.")
@@ -611,7 +629,19 @@ def adapter_base(folder):
         raise InputError(f"{where}: {error}") from error
     if is_adapter(base):
         raise InputError(f"{where}: expected a whole model, got the adapter '{base}'")
+    if text_rules(folder) not in (None, text_rules(base)):
+        raise InputError(f"{folder}/tokenizer.json: expected that of the base '{base}', or none")
     return base
+
+
+def text_rules(folder):
+    """What tokenizer.json does with a text, None without it; padding and truncation are ours."""
+    path = Path(folder, "tokenizer.json")
+    if not path.exists():
+        return None
+    kept = ("model", "normalizer", "pre_tokenizer", "added_tokens")
+    found = read_json(path)
+    return [found.get(name) for name in kept]
 
 
 def check_pooling(folder):

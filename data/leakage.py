@@ -113,7 +113,11 @@ def check_files(rows, against, by, threshold, out):
     The rows kept go to the file `out`, if one is given, those dropped beside it.
     """
     if out:
-        check_outputs([out, beside(out, "dropped.jsonl")], [rows, against])
+        outputs = [Path(out), beside(out, "dropped.jsonl")]
+        check_outputs(outputs, [rows, against])
+        for file in outputs:
+            if file.exists():
+                raise InputError(f"{file}: is there already; use another --out")
     items = [row for _, row in json_lines(rows)]
     texts = []
     for _, row in json_lines(against):

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from data import card
 from data.base import resolve
 from data.commands import InputError, optional_package
-from data.files import locked, read_json, renamed, share
+from data.files import check_fields, locked, read_json, renamed, share
 from data.folders import local_folder, read_tensors
 from data.ranks import all_reduce, print0, rank, world_size
 from data.sampling import schedule
@@ -72,20 +72,25 @@ def check_folder(run, models):
 def is_run(folder):
     """Whether a run has written its log there."""
     path = folder / "log.jsonl"
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.readline().startswith(b'{"versions"')
+    if path.is_file():
+        with path.open("rb") as file:
+            return file.readline().startswith(b'{"versions"')
+    return any(is_checkpoint(path) for path in folder.iterdir())
 
 
 def remove_run(run):
     """Removes what a run wrote; `latest` and `finished` first, so that half of it is no run."""
     written = [path for path in run.iterdir() if WRITTEN.fullmatch(path.name)]
-    written = [path for path in written if path.name != "README.md" or card.is_ours(path)]
     for path in sorted(written, key=lambda path: path.name not in ("finished", "latest")):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
+        if path.name == "adapter":
+            for name in ("adapter_config.json", "adapter_model.safetensors"):
+                Path(path, name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it is not empty: a user's file is in it
+                path.rmdir()
+        elif path.is_dir():
+            if is_checkpoint(path) or path.name.startswith("kept_"):
+                shutil.rmtree(path)
+        elif path.name != "README.md" or card.is_ours(path):
             path.unlink()
 
 
@@ -182,7 +187,18 @@ def whole(tensor):
 
 def checkpoint(run):
     """Folder of a run's last checkpoint."""
-    return Path(run, Path(run, "latest").read_text().strip())
+    name = Path(run, "latest").read_text(errors="replace").strip()
+    if not is_checkpoint(Path(run, name)):
+        found = sorted(path.name for path in Path(run).iterdir() if is_checkpoint(path))
+        expected = f"expected the name of a checkpoint, one of {found}"
+        raise InputError(f"{run}/latest: {expected}, got {name!r}")
+    return Path(run, name)
+
+
+def is_checkpoint(folder):
+    """Whether a folder is a checkpoint of ours."""
+    name = re.fullmatch(r"step_\d{6,}", folder.name)
+    return name is not None and (folder / "state.json").exists()
 
 
 def last_checkpoint(run):
@@ -241,6 +257,8 @@ def resume(run, settings, model, optimizer):
         return {"step": 0, "record": {"step": 0}}
     folder = checkpoint(run)
     state = read_json(folder / "state.json")
+    where = folder / "state.json"
+    check_fields(state, {"step": int, "settings": dict, "base": str}, {"record": dict}, where)
     check_same_run(run, state["settings"], settings)
     load_checkpoint(folder, model, optimizer)
     return {"record": None} | state
@@ -273,8 +291,7 @@ def write_checkpoint(run, step, tensors, state):
         message = f"not saved: {error}; last good checkpoint: {last_checkpoint(run)}"
         raise InputError(f"{temporary}: {message}") from error
     for old in run.iterdir():
-        ours = re.fullmatch(r"step_\d{6,}", old.name) and (old / "state.json").exists()
-        if ours and old != folder:
+        if is_checkpoint(old) and old != folder:
             shutil.rmtree(old)
 
 

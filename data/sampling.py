@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from data.commands import InputError
+from data.files import digest, read_json
 from data.rows import KnownPositives, Rows, read_rows
 
 TEMPLATE = 24  # tokens, at most, of what an instruction stands in
@@ -44,6 +45,7 @@ def read_datasets(entries, stage, s, mined=None):
             continue
         path, shown = Path(entry["file"]), entry.get("shown")
         if mined and Path(mined, path.name).exists():
+            check_mined(Path(mined, path.name), path)
             path, shown = Path(mined, path.name), None
         rows = read_rows(path, shown=shown)
         order = np.random.default_rng(s.seed).permutation(len(rows))
@@ -61,9 +63,19 @@ def read_datasets(entries, stage, s, mined=None):
         datasets.append(dataset)
     if not datasets:
         raise InputError(f"recipe: expected a data set of stage {stage}, got none")
+    if mined and not any(Path(dataset.file).parent == Path(mined) for dataset in datasets):
+        raise InputError(f"--mined {mined}: expected a file of a data set's name in it, found none")
     if s.kd and not any(has_scores(row) for dataset in datasets for row in dataset.rows):
         raise InputError("kd: expected rows with pos_scores and neg_scores, got none")
     return datasets
+
+
+def check_mined(path, source):
+    """Refuses rows that mine.py made of other rows than those of `source`."""
+    report = Path(f"{path}.json")
+    plan = (read_json(report) if report.exists() else {}).get("plan") or {}
+    if source.exists() and plan.get("sha256", digest(source)) != digest(source):
+        raise InputError(f"{path}: was mined from other rows than those of {source}; mine again")
 
 
 def check_prompts(datasets, tokenize, max_length):

@@ -1,11 +1,26 @@
-"""How long a thread of OpenMP waits before it sleeps. Import this before torch.
+"""What has to be set before torch is imported: every command begins with this.
 
 PyTorch's CPU products are shared out to threads by libgomp, whose idle threads spin for
 milliseconds. Beside another program on the same cores that costs a factor of 5 to 10. A shorter
-wait costs an idle machine nothing: tests/BENCH.md. libgomp reads it once, when it is loaded.
+wait costs an idle machine little: tests/BENCH.md. libgomp reads it once, when it is loaded.
+
+Importing takes seconds: Ctrl-C in one of our commands is no traceback then either.
 """
 
 import os
+import sys
+from pathlib import Path
 
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
+def tell_of(kind, error, traceback):
+    if issubclass(kind, KeyboardInterrupt):
+        print("stopped; the same command goes on", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+if Path(__file__).parent.parent in Path(sys.argv[0]).absolute().parents:
+    sys.excepthook = tell_of

@@ -41,6 +41,7 @@ from data.recipes import read_recipe
 from data.sampling import draw_rows, known_positives, read_datasets, schedule
 
 DEFAULT_MODEL = "runs/stage2"
+MARK = "compress.json"  # what this command wrote, and how
 DTYPES = ("float32", "bfloat16", "float16")
 SOLVER_COLUMNS = 128  # of a block in SparseGPT's algorithm 1, where they are called B and B_s
 DAMPING = 0.01  # added to the diagonal of H, in units of its mean, as in GPTQ (section 3.3)
@@ -306,8 +307,13 @@ def check_arguments(args):
     """What would go wrong late is refused before the model is read."""
     if args.model == DEFAULT_MODEL and not Path(args.model, "config.json").exists():
         raise InputError(f"{args.model}: no finished run; run train.py --stage 2 first")
-    if Path(args.out, "latest").exists():
-        raise InputError(f"{args.out}: is a training run; expected another --out")
+    out = Path(args.out)
+    if out.exists() and Path(args.model).exists() and out.samefile(args.model):
+        raise InputError(f"--out {out}: would overwrite the model; use another")
+    content = sorted(path.name for path in out.glob("[!.]*"))
+    if content and MARK not in content:
+        expected = "expected a new folder, an empty one or one of this command"
+        raise InputError(f"--out {out}: {expected}, found {content[0]}")
     if args.prune == "none" and args.drop_blocks == 0:
         raise InputError("--prune none: expected --drop-blocks, or nothing is compressed")
 
@@ -351,6 +357,7 @@ def main():
         drop_blocks(model, tokens, args.drop_blocks)
     if args.prune != "none":
         prune_decoder(model, tokens, args.prune, sparsity)
+    write_json(Path(args.out, MARK), vars(args))  # first: what follows may be written over
     model.save_pretrained(args.out, export_dtype)
     blocks = model.config.num_hidden_layers
     print(f"{args.out}: {blocks} blocks, {zero_share(model):.1%} of their weights are zero")

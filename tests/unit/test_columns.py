@@ -284,7 +284,7 @@ def test_bad_csv(tmp_path, content, message):
     [
         ("a.parquet", b"PAR1 and nothing else"),
         ("a.csv.gz", b"no gzip"),
-        ("a.csv.gz", gzip.compress(b"question,answer\nq,a\n" * 999)[:-20]),
+        ("a.csv.gz", gzip.compress(b"question,answer\nq,a\n" * 999, mtime=0)[:-20]),
         ("a.jsonl", b'{"question": "q"'),
         ("a.json", b"[1, 2"),
     ],
