@@ -9,6 +9,8 @@ belongs to the content of the model's files and of the task's data, so a model t
 again has none yet; after a change of the code use --overwrite.
 """
 
+import data.threads  # before torch
+
 import datetime
 import functools
 import os
@@ -50,10 +52,11 @@ class Encoder(AbsEncoder):
     first text, so never where every result is there.
     """
 
-    def __init__(self, spec, max_length=512, dtype=None, limit=None, perturb=None):
-        self.options = (spec, max_length, dtype, limit, perturb)
+    def __init__(self, spec, max_length=512, dtype=None, limit=None, perturb=None, dims=None):
+        self.options = (spec, max_length, dtype, limit, perturb, dims)
         self.max_length = max_length
         self.perturb = perturb
+        self.dims = dims
         local_rank = os.environ.get("LOCAL_RANK", "0")
         self.device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
         self.dtype = getattr(torch, dtype) if dtype else fast_dtype(self.device)
@@ -70,7 +73,7 @@ class Encoder(AbsEncoder):
             check_pooling(self.folder)
 
         # what a result depends on beside the model's files: a part of where mteb stores it
-        experiment = {"limit": limit, "perturb": perturb}
+        experiment = {"limit": limit, "perturb": perturb, "dims": dims}
         if not self.is_peer:
             dtype_name = str(self.dtype).removeprefix("torch.")
             experiment.update(self.settings, max_length=max_length, dtype=dtype_name)
@@ -87,7 +90,8 @@ class Encoder(AbsEncoder):
     def model(self):
         path = str(self.folder)
         if self.is_peer:
-            return mteb.SentenceTransformerEncoderWrapper(path, device=self.device)
+            peer = mteb.SentenceTransformerEncoderWrapper
+            return peer(path, device=self.device, embed_dim=self.dims)
         return NVEmbed.from_pretrained(path, self.device, self.dtype, **self.settings)
 
     def encode(self, inputs, *, task_metadata, prompt_type=None, **kwargs):
@@ -101,9 +105,13 @@ class Encoder(AbsEncoder):
             return self.model.encode(inputs, **kwargs)
         task = instruction(task_metadata, prompt_type)
         if not dist.is_initialized():
-            return self.model.encode(texts, task, self.max_length, progress=True)
+            return self.embed(texts, task, progress=True)
         dist.broadcast_object_list([(self.options, texts, task)])  # the other ranks `serve`
         return self.encode_share(texts, task)
+
+    def embed(self, texts, task, progress):
+        """What every rank computes -> embeddings (B, D), or (B, dims)."""
+        return self.model.encode(texts, task, self.max_length, progress=progress, dims=self.dims)
 
     def encode_share(self, texts, task):
         """What every rank does: it encodes its share -> embeddings (B, D) on rank 0, else None."""
@@ -112,7 +120,7 @@ class Encoder(AbsEncoder):
         by_length = np.argsort([len(text) for text in texts], kind="stable")
         indices = by_length[rank::world_size]  # as many short and long texts on every rank
         share = [texts[i] for i in indices]
-        part = self.model.encode(share, task, self.max_length, progress=rank == 0)
+        part = self.embed(share, task, progress=rank == 0)
 
         gathered = [None] * world_size if rank == 0 else None
         dist.gather_object((indices, part), gathered)
@@ -161,7 +169,7 @@ def split_spec(spec):
 def load(spec, args):
     """A model's name -> an Encoder, or mteb's own BM25."""
     if spec != "bm25":
-        return Encoder(spec, args.max_length, args.dtype, args.limit, args.perturb)
+        return Encoder(spec, args.max_length, args.dtype, args.limit, args.perturb, args.dims)
     try:
         return mteb.get_model("mteb/baseline-bm25s")
     except ImportError as error:
@@ -253,6 +261,7 @@ def flags(description=None):
     flag("--out", default="runs", help="mteb's result files go to OUT/results (default runs)")
     flag("--max-length", type=int, default=512, help="tokens of a text (default 512)")
     flag("--dtype", choices=("float32", "bfloat16"), help="default: the faster on this machine")
+    flag("--dims", type=int, metavar="N", help="only the first N numbers of each vector")
     flag("--limit", type=int, metavar="N", help="a quick look: N test items, 3 N passages at most")
     flag("--perturb", choices=PERTURBED, help="misspelt, capital or half queries, symmetric texts")
     flag("--overwrite", action="store_true", help="run tasks again whose results are there")

@@ -18,6 +18,8 @@ Dimensions: Q queries, k documents asked for, n candidates of a query, m documen
 block, D width.
 """
 
+import data.threads  # before torch
+
 import contextlib
 import functools
 import hashlib
@@ -35,6 +37,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from data import base, commands, files, folders, recipes
+from data.columns import own_rows
 from data.commands import InputError
 from data.corpus import Corpus, Mined, documents_and_tasks, positives_of, queries_and_tasks
 from data.rows import KnownPositives, read_rows
@@ -401,8 +404,8 @@ def score_positives(queries, positives, shards, memory):
 def mine_file(entry, teachers, args):
     """Mines one data set into args.out, unless it is there with the same settings."""
     target, report, corpus = places(entry, args)
-    rows = read_rows(entry["file"])
-    other = ("recipe", "data", "out", "memory")
+    rows = read_rows(entry["file"], shown=entry.get("shown"))
+    other = ("recipe", "data", "columns", "out", "memory")
     plan = {name: value for name, value in vars(args).items() if name not in other}
     plan["corpus"] = [files.digest(path) for path in corpus]
     plan["teacher"] = [teacher.digest for teacher in teachers]
@@ -436,7 +439,7 @@ def check_places(entries, args):
     for entry in entries:
         target, report, corpus = places(entry, args)
         outputs += [target, report]
-        inputs += [entry["file"], *corpus]
+        inputs += [entry["file"], entry.get("shown", entry["file"]), *corpus]
     files.check_outputs(outputs, inputs)
 
 
@@ -452,6 +455,7 @@ def main():
     flag("--model", nargs="+", default=["runs/stage1"], help="folders, hub ids, minilm, smollm2")
     flag("--recipe", default=str(files.ROOT / "data" / "local.json"))
     flag("--data", nargs="+", help="own rows instead of the retrieval sets of the recipe's stage 2")
+    flag("--columns", help="of --data, by their names: query=a,pos=b; default: known names")
     flag("--corpus", nargs="+", default=[], help='more documents: lines of {"text": str} or rows')
     flag("--out", default="runs/mined", help="folder for the mined rows")
     flag("--rule", choices=RULES, default="percpos", help="sampled, top1: percpos, then random")
@@ -471,14 +475,16 @@ def main():
     recipe = recipes.read_recipe(args.recipe)
     entries = [d for d in recipe["datasets"] if 2 in d["stages"] and d["kind"] in MINED_KINDS]
     if args.data:
-        entries = [{"file": path, "instruction": ""} for path in args.data]
+        entries = [own_rows(data, args.columns) for data in args.data]
+    elif args.columns:
+        raise InputError("--columns: expected --data with it")
     check_places(entries, args)
     if not args.max_length:
         args.max_length = recipe["stages"].get("1", {}).get("max_length", 512)
     if args.bound is None:
         args.bound = RULES[args.rule]
     if "runs/stage1" in args.model and not Path("runs/stage1", "config.json").exists():
-        hint = "run torchrun train.py --stage 1 first, or give --model"
+        hint = "run python train.py --stage 1 first, or give --model"
         raise InputError(f"runs/stage1: no finished run: {hint}")
     teachers = [find_teacher(name, args) for name in args.model]
     Path(args.out).mkdir(parents=True, exist_ok=True)

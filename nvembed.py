@@ -2,8 +2,8 @@
 
     text -> tokens -> decoder without causal mask -> latent attention -> mean -> unit vector
 
-    python nvembed.py                       embeds the model card's example with the default base
-    python nvembed.py runs/stage2           the same with a run, a folder or a hub id
+    python nvembed.py                  # embeds the model card's example with the default base
+    python nvembed.py runs/stage2      # the same with a run, a folder or a hub id
 
 The texts of a batch are packed one after another, without padding. Shapes stand at line ends:
 
@@ -15,7 +15,10 @@ The paper's r is R here, and F.linear and the like are torch.nn.functional's. Ma
 use. Modules and parameters have the names of the released weights.
 """
 
+import data.threads  # before torch
+
 import functools
+import inspect
 import itertools
 import math
 from dataclasses import asdict, dataclass, fields
@@ -34,8 +37,8 @@ from data import folders, sentence
 from data.commands import Flags, InputError, check_ranges, one_line, run_command
 from data.files import ROOT, check_types, read_json
 from data.quantize import check_plain, quantize_weights
-from data.texts import ahead, characters_read, check_length, check_texts, encode_beginnings
-from data.texts import eval_mode, parts
+from data.texts import ahead, characters_read, check_dims, check_length, check_texts
+from data.texts import encode_beginnings, eval_mode, parts
 
 
 POOLINGS = ("latent", "mean", "eos", "self")  # compared in the paper, section 5.2.3
@@ -332,7 +335,11 @@ def attend_varlen(q, k, v, lengths, causal, window):
     before = window - 1 if window else -1  # how many tokens back and ahead are seen, -1: all
     ahead = 0 if causal else -1
     ends, longest = cumulative_lengths(lengths, q.device), max(lengths)
-    options = {"window_size": (before, ahead), "enable_gqa": True}
+    options = {"window_size": (before, ahead)}
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        options["enable_gqa"] = True
+    else:  # torch 2.11
+        k, v = [x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v)]
     return varlen_attn(q, k, v, ends, ends, longest, longest, **options)
 
 
@@ -568,16 +575,22 @@ class LatentAttention(nn.Module):
 def pool(hidden, tokens, pooling):
     """hidden (S, D) of B packed texts -> (B, D): the mean of a text's tokens, or its last one.
 
-    The mean leaves out a text's first `not_pooled` tokens: see `tokenize`.
+    The mean leaves out a text's first `not_pooled` tokens: see `tokenize`. It is a product with a
+    matrix of weights, which has two kernels where a loop over the texts has hundreds.
     """
-    pooled = []
-    texts = hidden.split([len(text.ids) for text in tokens])
-    for text, states in zip(tokens, texts, strict=True):
-        if pooling == "eos":
-            pooled.append(states[-1])
-        else:
-            pooled.append(states[text.not_pooled :].mean(dim=0))
-    return torch.stack(pooled)
+    ends = list(itertools.accumulate(len(text.ids) for text in tokens))
+    if pooling == "eos":
+        return hidden[[end - 1 for end in ends]]
+    weights = torch.zeros(len(tokens), len(hidden), dtype=hidden.dtype)  # (B, S)
+    for row, text, end in zip(weights, tokens, ends, strict=True):
+        count = len(text.ids) - text.not_pooled
+        row[end - count : end] = 1 / count
+    return weights.to(hidden.device) @ hidden
+
+
+def shorten(x, dims):
+    """Unit vectors (..., D) -> unit vectors (..., dims), the beginnings of these (Matryoshka)."""
+    return x if dims == x.shape[-1] else F.normalize(x[..., :dims], dim=-1)
 
 
 # ---- the embedder
@@ -624,32 +637,44 @@ class NVEmbed(nn.Module):
         self.tokenizer.encode_special_tokens = True  # a copied or unpickled one forgets it
 
     @torch.no_grad()
-    def encode(self, texts, instruction="", max_length=None, batch_tokens=None, progress=False):
+    def encode(
+        self, texts, instruction="", max_length=None, batch_tokens=None, progress=False, dims=None
+    ):
         """Embeds B texts -> np.ndarray (B, D), fp32, unit rows, in the order of the texts.
 
-        `instruction` and max_length as in `tokenize`. A batch has batch_tokens tokens, by default
+        `instruction` and max_length as in `tokenize`. With `dims` the rows are the first so many
+        numbers of the vectors, of unit length again. A batch has batch_tokens tokens, by default
         16,384 on GPUs and 2,048 on CPUs, whose caches it suits, or those of the longest text.
         Beside the result, memory holds the tokens of a CHUNK; a thread makes the next ones.
         """
         texts, tasks = check_texts(texts, instruction)
         max_length = check_length(max_length, self.config)
-        embeddings = np.empty((len(texts), self.config.hidden_size), dtype=np.float32)
+        dims = check_dims(dims, self.config)
+        embeddings = np.empty((len(texts), dims), dtype=np.float32)
         default_batch = 2048 if self.device.type == "cpu" else 16384
         chunks = parts(texts, characters_read(max_length))
 
         def tokens_of(chunk):
             return self.tokenize(texts[chunk], tasks[chunk], max_length)
 
+        def store(computed):
+            if computed is not None:
+                rows, batch, embedded = computed
+                rows[batch] = embedded.cpu()
+
         bar = tqdm(total=len(texts), disable=not progress, unit="text")
         with eval_mode(self), bar:
             folded = self.inference_fold()
+            last = None  # a batch that a GPU may still be computing, while it gets the next
             for chunk, tokens in zip(chunks, ahead(tokens_of, chunks), strict=True):
                 longest = max(len(text.ids) for text in tokens)
                 limit = max(longest, default_batch) if batch_tokens is None else batch_tokens
                 for batch in pack(tokens, limit):
                     embedded = self([tokens[i] for i in batch], folded)
-                    embeddings[chunk][batch] = embedded.cpu()
+                    store(last)
+                    last = embeddings[chunk], batch, shorten(embedded, dims)
                     bar.update(len(batch))
+            store(last)
         return embeddings
 
     def inference_fold(self):
@@ -691,9 +716,9 @@ class NVEmbed(nn.Module):
     def from_pretrained(cls, path, device="cpu", dtype=torch.float32, quantize=None, **settings):
         """Loads a folder or hub id -> NVEmbed in eval mode, its weights frozen.
 
-        It may be a Mistral, Llama, Qwen2 or 3 base, NV-Embed-v1 or v2, a model saved here, or a
-        PEFT adapter with its base. `settings` override the stored Config. `quantize` is int8, fp8
-        or int4 for smaller projections (data/quantize.py). With device None the weights stay mapped
+        It may be a Mistral, Llama or Qwen base, NV-Embed-v1 or v2, a model saved here, or a PEFT
+        adapter with its base. `settings` override the stored Config. `quantize` is int8, fp8 or
+        int4 for smaller projections (data/quantize.py). With device None the weights stay mapped
         from the file, in its dtype, for a caller who moves them block by block.
 
         Loading is strict: a tensor that is missing, left over or of another shape is an InputError,

@@ -1,9 +1,9 @@
 """How NV-Embed learns: rows -> batch -> InfoNCE -> step (sections 3 and 5 of the paper).
 
-    torchrun train.py --stage 1                        -> runs/stage1
-    torchrun train.py --stage 2                        -> runs/stage2
-    torchrun train.py --data my.jsonl --init MODEL     own rows -> runs/my
-    torchrun --nproc-per-node 8 train.py --stage 1     the same batches on 8 ranks, weights sharded
+    python train.py --stage 1                          # -> runs/stage1
+    python train.py --stage 2                          # -> runs/stage2
+    python train.py --data my.jsonl --init MODEL       # own rows -> runs/my
+    torchrun --nproc-per-node 8 train.py --stage 1     # the same batches on 8 ranks, FSDP
 
 A recipe (data/local.json) says what a stage does:
 
@@ -25,10 +25,11 @@ Shapes, beside those of nvembed.py:
     M = B L documents       N hard negatives of a row   P known positives of a query
 """
 
-import argparse
+import data.threads  # before torch
+
 import math
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -41,19 +42,19 @@ from torch.distributed.tensor import DTensor
 
 import nvembed
 from data.base import resolve
+from data.columns import own_rows
 from data.commands import Flags, InputError, check_ranges, run_command
 from data.files import ROOT, read_json
-from data.folders import local_folder
 from data.machine import choose_micro_tokens, describe_machine, measure_peak, speed
-from data.ranks import Stopped, all_reduce, catch_signals, check_agreement, check_stop
-from data.ranks import init_ranks, leave_ranks, print0, rank, world_size
+from data.ranks import Stopped, all_gather, all_reduce, catch_signals, check_agreement, check_stop
+from data.ranks import init_ranks, leave_ranks, make_mesh, print0, rank, world_size
 from data.recipes import read_recipe, stage_settings
 from data.rows import text_id
-from data.runs import RunLog, check_loss, checkpoint, fingerprint, finish, is_finished
+from data.runs import RunLog, check_loss, checkpoint, content, finish, is_finished
 from data.runs import load_tensors, print_sizes, resume, run_folder, save_checkpoint, trained, whole
 from data.sampling import check_batch, check_prompts, draw_documents, draw_rows
 from data.sampling import known_positives, read_datasets, rows_of_step, shuffled_places
-from nvembed import NVEmbed, pack
+from nvembed import NVEmbed, check_dims, pack, shorten
 
 
 @dataclass
@@ -73,6 +74,8 @@ class Settings:
     weight_decay: float = 0.03
     clip: float = 1.0  # largest norm of the gradient
     temperature: float = 0.02
+    false_negatives: float = 2.0  # a negative whose cosine is more above the positive's; 2: off
+    dims: list = field(default_factory=list)  # the first so many numbers of a vector also learn
     max_length: int = 512  # tokens of a text
     micro_tokens: int = 0  # tokens of a micro-batch, which bounds memory; 0: as many as fit
     lora_rank: int = 16  # r, the paper's; 0: all weights are trained
@@ -83,8 +86,10 @@ class Settings:
     dtype: str = "auto"  # of the frozen base and the arithmetic; trained weights are fp32
     export_dtype: str = "bfloat16"
     recompute: bool = False  # activation checkpointing: a block keeps only its input
-    compile: bool = False  # torch.compile of the blocks around attention
+    compile: bool = True  # torch.compile of the blocks around attention
     shard_ranks: int = 0  # ranks that share one copy of the weights, say a node's; 0: all
+    kd: float = 0.0  # weight of `kd_loss`, from pos_scores and neg_scores of rows that have them
+    kd_temperature: float = 1.0  # of those scores; cosines, as mine.py writes, need a lower one
     distill: float = 0.0  # weight of the distillation from --teacher
     keep_zeros: bool = False  # zeros of a pruned decoder stay zero
     held_out: int = 64  # rows of each set that are kept for the held-out loss
@@ -106,6 +111,7 @@ class Batch:
     valid: torch.Tensor  # (B, L) bool, False pads a short list of negatives
     document_ids: torch.Tensor  # (B, L) text_ids
     positive_ids: torch.Tensor  # (B, P) text_ids of all known positives, padded with the first
+    scores: torch.Tensor  # (B, L) the documents' in the row, -inf for padding and where it has none
     teacher: torch.Tensor | None = None  # the teacher's embeddings of `tokens`
 
 
@@ -118,13 +124,14 @@ def make_batch(model, rows, s, positives):
     b = len(rows) // world_size()
     own = range(rank() * b, (rank() + 1) * b)
     queries, documents = [], []  # (instruction, text) of own rows
-    valid, document_ids, positive_ids = [], [], []
+    valid, document_ids, positive_ids, scores = [], [], [], []
     for i, (dataset, row, rng) in enumerate(rows):
-        texts = draw_documents(row, s.negatives, rng)
+        texts, their_scores = draw_documents(row, s.negatives, rng)
         padding = 1 + s.negatives - len(texts)
         valid.append([True] * len(texts) + [False] * padding)
         document_ids.append([text_id(text) for text in texts] + [0] * padding)
         positive_ids.append(sorted(positives[row["query"]]))
+        scores.append(their_scores + [-math.inf] * padding)
         if i in own:
             instruction = row.get("prompt", dataset.instruction)
             queries.append((instruction, row["query"]))
@@ -141,32 +148,36 @@ def make_batch(model, rows, s, positives):
         valid=torch.tensor(valid),
         document_ids=torch.tensor(document_ids),
         positive_ids=torch.tensor(positive_ids),
+        scores=torch.tensor(scores),
     )
 
 
 # ---- loss
 
 
-def info_nce(q_bD, d_BLD, batch, temperature, in_batch):
+def info_nce(q_bD, d_BLD, batch, s):
     """InfoNCE (section 3.3) of this rank's queries against all documents -> loss, accuracy.
 
     q_bD (b, D) and d_BLD (B, L, D) are unit vectors; loss and accuracy are scalars. A row's target
     is its column 0. Its negatives are all other columns of the batch or, without `in_batch`, its
-    own hard negatives; never padding, nor a text that is a known positive of its query.
+    own hard negatives; never padding, nor a text that is a known positive of its query, nor one
+    that is above its target by more than `false_negatives` (Qwen3-Embedding, arXiv 2506.05176).
     """
     columns = d_BLD.shape[1]  # L
-    scores = q_bD @ d_BLD.flatten(0, 1).T / temperature  # (b, M)
+    cosines = q_bD @ d_BLD.flatten(0, 1).T  # (b, M)
     document_ids = batch.document_ids.flatten()[None, :, None]  # (1, M, 1)
     positive_ids = batch.positive_ids[batch.own_rows][:, None, :]  # (b, 1, P)
     is_positive = (document_ids == positive_ids).any(dim=-1)  # (b, M)
     use = batch.valid.flatten() & ~is_positive
-    if not in_batch:
+    if not s.in_batch:
         row_of_column = torch.arange(len(batch.valid)).repeat_interleave(columns)  # (M,)
         use &= batch.own_rows[:, None] == row_of_column
     target = batch.own_rows * columns  # (b,) where column 0 of a row is
     use[torch.arange(len(target)), target] = True  # a known positive, and the one to find
-    scores = scores.masked_fill(~use.to(scores.device), -torch.inf)
-    target = target.to(scores.device)
+    use, target = use.to(cosines.device), target.to(cosines.device)
+    positive = cosines.gather(1, target[:, None])  # (b, 1)
+    use &= ~(cosines > positive + s.false_negatives)  # NaN is not above: it stays and is seen
+    scores = (cosines / s.temperature).masked_fill(~use, -torch.inf)
     accuracy = (scores.argmax(dim=1) == target).float().mean()
     return F.cross_entropy(scores, target), accuracy
 
@@ -190,15 +201,29 @@ class AllGather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        out = x.new_empty(world_size() * len(x), *x.shape[1:])
-        dist.all_gather_single(out, x.contiguous())
-        return out
+        return all_gather(x)
 
     @staticmethod
     def backward(ctx, grad):
         total = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total)
         return total.chunk(world_size())[rank()]
+
+
+def kd_loss(q_bD, d_BLD, batch, s):
+    """KL(teacher || student) of the softmax of the scores of a row's own documents -> scalar.
+
+    The teacher's are the row's pos_scores and neg_scores over kd_temperature, the student's are the
+    cosines over temperature. The mean is over the rows of all ranks that have scores.
+    """
+    teacher = (batch.scores / s.kd_temperature).softmax(dim=1).nan_to_num()  # (B, L), or a row of 0
+    rows = teacher.any(dim=1).sum().clamp(min=1)
+    cosines = torch.einsum("bd,bld->bl", q_bD, d_BLD[batch.own_rows])  # (b, L)
+    padding = ~batch.valid[batch.own_rows].to(cosines.device)
+    # Not -inf, which times the teacher's 0 is NaN.
+    student = (cosines / s.temperature).masked_fill(padding, -1e9).log_softmax(dim=1)
+    teacher = teacher[batch.own_rows].to(student)
+    return F.kl_div(student, teacher, reduction="sum") * world_size() / rows
 
 
 def distillation(embeddings, batch, s):
@@ -221,9 +246,20 @@ def distillation(embeddings, batch, s):
 
 
 def batch_loss(embeddings, batch, s):
-    """Embeddings of batch.tokens -> loss and accuracy of this rank's rows."""
+    """Embeddings of batch.tokens -> loss and accuracy of this rank's rows.
+
+    With `dims` the loss is the mean of those of the vectors' first so many numbers and of the whole
+    (Matryoshka, Kusupati et al. 2022). The accuracy, and what `distill` adds, are the whole's.
+    """
     q_bD, d_BLD = queries_and_documents(embeddings, batch)
-    loss, accuracy = info_nce(q_bD, d_BLD, batch, s.temperature, s.in_batch)
+    widths = sorted({*s.dims, embeddings.shape[1]})  # the whole comes last
+    loss = 0
+    for dims in widths:
+        q, d = shorten(q_bD, dims), shorten(d_BLD, dims)
+        contrast, accuracy = info_nce(q, d, batch, s)
+        loss = loss + contrast / len(widths)
+        if s.kd:
+            loss = loss + s.kd * kd_loss(q, d, batch, s) / len(widths)
     if batch.teacher is not None:
         loss = loss + distillation(embeddings, batch, s)
     return loss, accuracy
@@ -371,6 +407,8 @@ def build(init, s, device, sharded=True):
 
     torch.manual_seed(s.seed)
     model = load(base, s, device)
+    for dims in s.dims:
+        check_dims(dims, model.config)
     if s.lora_rank:
         nvembed.add_lora(model, s.lora_rank, s.lora_alpha, s.lora_dropout)
     else:
@@ -393,7 +431,7 @@ def pooling_layer(model):
 
 def place(model, s, device, sharded=True):
     """Moves a model to its device and keeps this rank's shard of it (FSDP2), block by block."""
-    mesh = make_mesh(device, s) if sharded and world_size() > 1 else None
+    mesh = make_mesh(device, s.shard_ranks) if sharded and world_size() > 1 else None
     for module in [*model.embedding_model.layers, *pooling_layer(model), model]:
         for parameter in module.parameters():
             if not isinstance(parameter, DTensor):
@@ -402,18 +440,6 @@ def place(model, s, device, sharded=True):
         if mesh is not None:
             fully_shard(module, mesh=mesh)
     return model
-
-
-def make_mesh(device, s):
-    """All ranks share one copy of the weights, or each group of shard_ranks has its own."""
-    group = s.shard_ranks or world_size()
-    if world_size() % group != 0:
-        ranks = f"the {world_size()} ranks"
-        raise InputError(f"shard_ranks: expected a divisor of {ranks}, got {group}")
-    if group == world_size():
-        return dist.init_device_mesh(device.type, (group,), mesh_dim_names=("shard",))
-    shape = (world_size() // group, group)
-    return dist.init_device_mesh(device.type, shape, mesh_dim_names=("copy", "shard"))
 
 
 # ---- the loop
@@ -449,8 +475,7 @@ def train(run, init, datasets, s, device, teacher_name=None, tensorboard=None):
         print0(f"{run}: finished already; --restart trains it anew")
         return
 
-    print0(f"begins with {init}")
-    print_sizes(model, s.batch, s.micro_tokens)
+    print_sizes(init, model, s.batch, s.micro_tokens)
     positives = known_positives(datasets)
     peak = measure_peak(device, model.dtype)
     head = {"base": base, "settings": asdict(s), "datasets": [data.name for data in datasets]}
@@ -480,15 +505,6 @@ def train(run, init, datasets, s, device, teacher_name=None, tensorboard=None):
     if rank() == 0:
         export(run, s, datasets, device)
     leave_ranks()
-
-
-def content(init, teacher, datasets):
-    """What a run is made of, beside its settings: the same name may stand for another content."""
-    found = {f"rows of {data.name}": data.digest for data in datasets}
-    for part, name in (("init", init), ("teacher", teacher)):
-        if name:
-            found[part] = fingerprint(local_folder(resolve(name)))
-    return found
 
 
 def save(run, step, record, model, optimizer, base, settings):
@@ -588,19 +604,15 @@ def parse_flags():
     flag = parser.add_argument
     flag("--stage", type=int, choices=(1, 2, 3), default=1)
     flag("--recipe", default=str(ROOT / "data" / "local.json"))
-    flag("--data", help="own rows (.jsonl or .jsonl.gz) instead of the recipe's")
+    flag("--data", help="own rows instead of the recipe's: a file, or a data set of the hub")
+    flag("--columns", help="of --data, by their names: query=a,pos=b,neg=c; default: known names")
     flag("--init", help="model to begin with; default: the base, or what the stage before left")
     flag("--teacher", help="model to distill from; default of stage 3: runs/stage2")
     flag("--out", help="folder of the run; default: runs/stageN or runs/NAME-OF-DATA")
     flag("--mined", help="folder of mine.py's output, used where it has a data set's file")
     flag("--restart", action="store_true", help="begin anew, removing an earlier run in --out")
     flag("--tensorboard", metavar="DIR", help="also write log.jsonl's figures for tensorboard")
-    for field in fields(Settings):
-        name = "--" + field.name.replace("_", "-")
-        if field.type is bool:
-            flag(name, action=argparse.BooleanOptionalAction, default=None)
-        else:
-            flag(name, type=field.type, default=None)
+    parser.add_settings(Settings)
     return parser.parse_args()
 
 
@@ -629,9 +641,9 @@ def main():
     s = read_settings(recipe, args)
     data_stage = min(args.stage, 2)  # stage 3 recovers on the rows of stage 2
     entries, name = recipe["datasets"], f"stage{args.stage}"
-    if args.data:
-        name = Path(args.data).name.removesuffix(".gz").removesuffix(".jsonl")
-        entries = [{"name": name, "file": args.data, "stages": [data_stage], "instruction": ""}]
+    own = own_rows(args.data, args.columns)
+    if own:
+        entries, name = [own | {"stages": [data_stage]}], own["name"]
     run = Path(args.out or Path("runs", name))
     init = initial_model(args, recipe)
     if args.teacher and not s.distill:

@@ -92,7 +92,7 @@ def build_once(name, build, *arguments):
     if folder.is_dir():  # the cache may be one that cannot be written
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(cache() / f".{name}.lock", "w") as lock:
+    with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.is_dir():
             with renamed(folder) as temporary:

@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import fields
 
 from safetensors import SafetensorError
 
@@ -45,11 +46,13 @@ RANGES = {  # name: its interval, a round bracket leaving out its end
     "steps": "[1, inf)",
     "batch": "[1, inf)",
     "negatives": "[0, inf)",
+    "dims": "[1, inf)",
     "lr": "[0, inf)",
     "warmup": "[0, inf)",
     "weight_decay": "[0, inf)",
     "clip": "(0, inf]",
     "temperature": "(0, inf)",
+    "false_negatives": "[0, 2]",
     "max_length": "[1, inf)",
     "micro_tokens": "[0, inf)",
     "lora_rank": "[0, inf)",
@@ -58,6 +61,8 @@ RANGES = {  # name: its interval, a round bracket leaving out its end
     "r": "[1, inf)",
     "shard_ranks": "[0, inf)",
     "distill": "[0, inf)",
+    "kd": "[0, inf)",
+    "kd_temperature": "(0, inf)",
     "held_out": "[0, inf)",
     "eval_every": "[1, inf)",
     "save_every": "[1, inf)",
@@ -84,14 +89,20 @@ RANGES = {  # name: its interval, a round bracket leaving out its end
 
 
 def check_ranges(values, where=""):
-    """Checks the numbers of {name: value} against RANGES; `where` stands before a name."""
+    """Checks the numbers of {name: value} against RANGES; `where` stands before a name.
+
+    A value may be a list of numbers.
+    """
     for name, value in values.items():
-        if name not in RANGES or isinstance(value, bool) or not isinstance(value, int | float):
-            continue
-        interval = RANGES[name]
-        if not inside(value, interval):
-            shown = name.replace("_", "-") if where == "--" else name
-            raise InputError(f"{where}{shown}: expected a number in {interval}, got {value}")
+        for number in value if isinstance(value, list) else [value]:
+            if name in RANGES and is_number(number) and not inside(number, RANGES[name]):
+                shown = name.replace("_", "-") if where == "--" else name
+                expected = f"expected a number in {RANGES[name]}"
+                raise InputError(f"{where}{shown}: {expected}, got {number}")
+
+
+def is_number(value):
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def inside(value, interval):
@@ -114,6 +125,17 @@ class Flags(argparse.ArgumentParser):
 
     def error(self, message):
         raise InputError(message)
+
+    def add_settings(self, settings):
+        """A flag for each field of a dataclass; one that is not given is None."""
+        for field in fields(settings):
+            name = "--" + field.name.replace("_", "-")
+            if field.type is bool:
+                self.add_argument(name, action=argparse.BooleanOptionalAction, default=None)
+            elif field.type is list:
+                self.add_argument(name, type=int, nargs="*", default=None)
+            else:
+                self.add_argument(name, type=field.type, default=None)
 
     def parse_args(self, *args, **kwargs):
         found = super().parse_args(*args, **kwargs)

@@ -39,6 +39,16 @@ def all_reduce(values, op=dist.ReduceOp.SUM):
     return values.tolist()
 
 
+def all_gather(x):
+    """x (b, ...) of every rank -> (B, ...) in the order of the ranks, without gradient."""
+    out = x.new_empty(world_size() * len(x), *x.shape[1:])
+    if hasattr(dist, "all_gather_single"):
+        dist.all_gather_single(out, x.contiguous())
+    else:  # torch 2.12 and before
+        dist.all_gather_into_tensor(out, x.contiguous())
+    return out
+
+
 def init_ranks():
     """Joins torchrun's ranks, if there are several -> the device of this one."""
     device = CPU
@@ -51,6 +61,18 @@ def init_ranks():
     if ranks > 1 and not dist.is_initialized():
         dist.init_process_group(backend)
     return device
+
+
+def make_mesh(device, shard_ranks):
+    """All ranks share one copy of the weights, or each group of shard_ranks has its own."""
+    group = shard_ranks or world_size()
+    if world_size() % group != 0:
+        ranks = f"the {world_size()} ranks"
+        raise InputError(f"shard_ranks: expected a divisor of {ranks}, got {group}")
+    if group == world_size():
+        return dist.init_device_mesh(device.type, (group,), mesh_dim_names=("shard",))
+    shape = (world_size() // group, group)
+    return dist.init_device_mesh(device.type, shape, mesh_dim_names=("copy", "shard"))
 
 
 def leave_ranks():

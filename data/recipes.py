@@ -219,9 +219,15 @@ def stage_settings(recipe, path, stage, types):
     for name, value in settings.items():
         if name not in types:
             raise InputError(f"{where}: unknown setting '{name}'")
-        allowed = (int, float) if types[name] is float else (types[name],)
-        if type(value) not in allowed:
-            expected = types[name].__name__
+        if not has_type(value, types[name]):
+            expected = "a list of int" if types[name] is list else types[name].__name__
             raise InputError(f"{where}.{name}: expected {expected}, got {value!r}")
     check_ranges(settings, f"{where}.")
     return settings
+
+
+def has_type(value, kind):
+    """Whether a setting has its type; an int will do for a float, a list is one of int."""
+    if kind is list:
+        return isinstance(value, list) and all(type(number) is int for number in value)
+    return type(value) in ((int, float) if kind is float else (kind,))

@@ -56,12 +56,14 @@ def check_row(row, where):
 
 
 def check_texts(row, field, where):
-    """Checks the texts of "pos" or "neg" and their scores."""
+    """Checks the texts of "pos" or "neg" and their scores; a text is a list of one."""
+    if isinstance(row.get(field), str):
+        row[field] = [row[field]]
     texts = row.get(field)
     if not isinstance(texts, list) or not all(is_text(text) for text in texts):
         raise InputError(f"{where}: field '{field}': expected a list of non-empty strings")
     scores = row.get(f"{field}_scores", [])
-    numbers = isinstance(scores, list) and all(type(score) in (int, float) for score in scores)
+    numbers = isinstance(scores, list) and all(is_score(score) for score in scores)
     if not numbers or len(scores) not in (0, len(texts)):
         raise InputError(f"{where}: field '{field}_scores': expected {len(texts)} numbers")
 
@@ -78,6 +80,11 @@ def check_prompt(prompt, where, field="prompt"):
 def is_text(value):
     """A string of more than white space."""
     return isinstance(value, str) and value.strip() != ""
+
+
+def is_score(value):
+    """A number that fp32 holds, so neither NaN nor infinite."""
+    return type(value) in (int, float) and abs(value) < 1e38
 
 
 def is_unicode(text):
@@ -132,12 +139,13 @@ class KnownPositives:
 # ---- the rows of a file
 
 
-def read_rows(path, check=check_row):
+def read_rows(path, check=check_row, shown=None):
     """Checks every row of a .jsonl or .jsonl.gz file -> Rows. Memory: 24 bytes a row.
 
-    `check` makes a row of a line's object and its place, or raises InputError.
+    `check` makes a row of a line's object and its place, or raises InputError. `shown` is what
+    messages call the file, if not by its path.
     """
-    file = RowFile(path, check)
+    file = RowFile(path, check, shown or path)
     return Rows(file, np.arange(len(file.hashes)))
 
 
@@ -181,8 +189,8 @@ class Rows(Sequence):
 class RowFile:
     """A file of rows, checked whole and open: where each row begins, and a hash of each."""
 
-    def __init__(self, path, check):
-        self.path = path
+    def __init__(self, path, check, shown):
+        self.path = shown  # in messages
         self.check = check
         self.longest_prompt = 0  # in bytes
         starts, hashes, content = array("q"), array("q"), hashlib.sha256()
@@ -193,11 +201,11 @@ class RowFile:
             self.descriptor = os.dup(file.fileno())
             weakref.finalize(self, os.close, self.descriptor)
             place = 0
-            for number, line in enumerate(progress(file, path), 1):
+            for number, line in enumerate(progress(file, shown), 1):
                 start, place = place, place + len(line)
                 line = bare(line)
                 if line:
-                    where = f"{path}:{number}"
+                    where = f"{shown}:{number}"
                     row = check(parse_object(line, where), where)
                     prompt = len(row.get("prompt", "").encode())
                     self.longest_prompt = max(self.longest_prompt, prompt)
@@ -205,7 +213,7 @@ class RowFile:
                     hashes.append(hash64(line))
                     content.update(line + b"\n")
         if not hashes:
-            raise InputError(f"{path}: expected at least one row")
+            raise InputError(f"{shown}: expected at least one row")
         starts.append(place)
         self.starts = np.array(starts)
         self.hashes = np.array(hashes)

@@ -24,9 +24,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from data import card
+from data.base import resolve
 from data.commands import InputError, optional_package
 from data.files import locked, read_json, renamed, share
-from data.folders import read_tensors
+from data.folders import local_folder, read_tensors
 from data.ranks import all_reduce, print0, rank, world_size
 from data.sampling import schedule
 
@@ -122,6 +123,15 @@ def fingerprint(folder):
                     file.seek(size * part // 64)
                     content.update(file.read(4096))
     return content.hexdigest()
+
+
+def content(init, teacher, datasets):
+    """What a run is made of, beside its settings: the same name may stand for another content."""
+    found = {f"rows of {data.name}": data.digest for data in datasets}
+    for part, name in (("init", init), ("teacher", teacher)):
+        if name:
+            found[part] = fingerprint(local_folder(resolve(name)))
+    return found
 
 
 def check_same_run(run, before, now):
@@ -342,7 +352,8 @@ def format_record(record):
     return "  ".join(parts)
 
 
-def print_sizes(model, batch, micro_tokens):
+def print_sizes(init, model, batch, micro_tokens):
+    print0(f"begins with {init}")
     total = sum(p.numel() for p in model.parameters())
     count = sum(p.numel() for p in trained(model).values())
     print0(f"{total:,} parameters, {count:,} of them trained")

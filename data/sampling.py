@@ -4,6 +4,7 @@ No torch here.
 """
 
 import functools
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,10 +42,10 @@ def read_datasets(entries, stage, s, mined=None):
     for entry in entries:
         if stage not in entry["stages"]:
             continue
-        path = Path(entry["file"])
+        path, shown = Path(entry["file"]), entry.get("shown")
         if mined and Path(mined, path.name).exists():
-            path = Path(mined, path.name)
-        rows = read_rows(path)
+            path, shown = Path(mined, path.name), None
+        rows = read_rows(path, shown=shown)
         order = np.random.default_rng(s.seed).permutation(len(rows))
         held = min(s.held_out, len(rows) // 10)
         kept = order[held:][: entry.get("samples")]
@@ -54,12 +55,14 @@ def read_datasets(entries, stage, s, mined=None):
             symmetric=entry.get("symmetric", False),
             rows=rows.select(kept),
             held_out=rows.select(order[:held]),
-            file=str(path),
+            file=str(shown or path),
             digest=rows.digest,
         )
         datasets.append(dataset)
     if not datasets:
         raise InputError(f"recipe: expected a data set of stage {stage}, got none")
+    if s.kd and not any(has_scores(row) for dataset in datasets for row in dataset.rows):
+        raise InputError("kd: expected rows with pos_scores and neg_scores, got none")
     return datasets
 
 
@@ -165,12 +168,25 @@ def rows_of_step(datasets, s, step):
 
 
 def draw_documents(row, negatives, rng):
-    """One of the row's positives, then its negatives, at most so many -> list of str."""
-    positive = row["pos"][rng.integers(len(row["pos"]))]
+    """One of the row's positives, then its negatives, at most so many -> texts, their scores.
+
+    The scores are all -inf in a row that has none.
+    """
+    positive = rng.integers(len(row["pos"]))
     order = range(len(row["neg"]))
     if len(row["neg"]) > negatives:
         order = rng.permutation(len(row["neg"]))[:negatives]
-    return [positive, *(row["neg"][i] for i in order)]
+    texts = [row["pos"][positive], *(row["neg"][i] for i in order)]
+    if not has_scores(row):
+        return texts, [-math.inf] * len(texts)
+    scores = [row["pos_scores"][positive], *(row["neg_scores"][i] for i in order)]
+    return texts, [float(score) for score in scores]
+
+
+def has_scores(row):
+    """Whether a row has a score for each of its documents."""
+    scores = row.get("pos_scores", []) + row.get("neg_scores", [])
+    return len(scores) == len(row["pos"]) + len(row["neg"])
 
 
 def known_positives(datasets):

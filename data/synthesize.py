@@ -1,7 +1,7 @@
 """Synthetic rows from a language model on an OpenAI-compatible server (section 4.3).
 
     python data/synthesize.py --endpoint http://localhost:8000 --model NAME
-    torchrun train.py --data runs/synthetic.jsonl
+    python train.py --data runs/synthetic.jsonl
 
 There are two prompts: one brainstorms about 20 tasks a request, the other writes one row for a
 task. This is the scheme of E5-mistral (Wang et al. 2024, arXiv 2401.00368) in our own words, which

@@ -35,7 +35,7 @@ def read_table(table):
         try:
             rows = iter(open_table(table, config))
         except errors as error:
-            raise InputError(f"{where}: {one_line(error)}") from error
+            raise InputError(f"{where}: {told(error)}") from error
         number = 0
         while number < table.get("rows", math.inf):
             number += 1
@@ -106,6 +106,14 @@ def table_errors():
         RuntimeError,  # a repository that holds code in place of data
         YAMLError,  # the header of the data set's card
     )
+
+
+def told(error):
+    """What an error says, in one line: where a config has to be named, those that there are."""
+    for line in str(error).splitlines():
+        if "available configs" in line:
+            return line.strip()
+    return one_line(error)
 
 
 def get(row, name, where):

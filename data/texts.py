@@ -55,6 +55,16 @@ def check_length(max_length, c):
     return max_length
 
 
+def check_dims(dims, c):
+    """How many numbers of a vector are used, checked against a Config; None is all of them."""
+    if dims is None:
+        return c.hidden_size
+    if dims not in range(1, c.hidden_size + 1):
+        expected = f"expected from 1 to {c.hidden_size}, the width of a vector"
+        raise InputError(f"dims: {expected}, got {dims}")
+    return int(dims)
+
+
 # ---- long texts
 
 

@@ -1,9 +1,9 @@
 """Compresses a trained model: weights of its decoder become zero, blocks are left out.
 
-    python experiments/compress.py                                runs/stage2 -> runs/pruned
-    python experiments/compress.py --prune wanda --sparsity 2:4   two of each four weights
-    python experiments/compress.py --prune none --drop-blocks 2   a shorter decoder
-    torchrun train.py --stage 3                                   recovers runs/pruned
+    python experiments/compress.py                                # runs/stage2 -> runs/pruned
+    python experiments/compress.py --prune wanda --sparsity 2:4   # two of each four weights
+    python experiments/compress.py --prune none --drop-blocks 2   # a shorter decoder
+    python train.py --stage 3                                     # recovers runs/pruned
 
 The three methods differ in what they take a weight W_ij to be worth, and only the last one changes
 the weights that stay. X (S, in) are the inputs that a layer reads in texts of the training rows.

@@ -8,6 +8,7 @@ from helpers import (
     a_batch,
     command,
     log,
+    scored,
     settings,
     some_rows,
     tangled_rows,
@@ -31,10 +32,11 @@ def gradients(model, batch, s, **how):
     return loss.item(), {name: p.grad.clone() for name, p in train.trained(model).items()}
 
 
-def test_cached_gradient_equals_plain_with_dropout(base, monkeypatch):
-    s = settings(temperature=0.2)
+@pytest.mark.parametrize("changes", ({}, {"dims": [8, 32], "false_negatives": 0.05, "kd": 1.0}))
+def test_cached_gradient_equals_plain_with_dropout(base, monkeypatch, changes):
+    s = settings(temperature=0.2, **changes)
     model = trainable(base, s, torch.float64)
-    batch = a_batch(model, tangled_rows(2), s)
+    batch = a_batch(model, scored(tangled_rows(2)), s)
     assert len(nvembed.pack(batch.tokens, s.micro_tokens)) > 3
     plain_loss, plain = gradients(model, batch, s, cached=False)
     loss, cached = gradients(model, batch, s, cached=True)

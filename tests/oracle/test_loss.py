@@ -1,11 +1,12 @@
 """InfoNCE = a double loop over the batch's own texts."""
 
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import a_batch, settings, some_rows, tangled_rows
+from helpers import a_batch, scored, settings, some_rows, tangled_rows
 
 import train
 
@@ -32,8 +33,11 @@ def text_vectors(batch):
     return torch.nn.functional.normalize(near[first], dim=-1).requires_grad_()
 
 
-def double_loop(e, batch, rows, s):
-    """InfoNCE written out over the batch's own texts."""
+def double_loop(e, batch, rows, s, shift=0):
+    """InfoNCE written out over the batch's own texts.
+
+    With `shift`, a control, false negatives are told by the positive of another row.
+    """
     texts = [text for _, text in batch.tokens]
     columns = [[] for _ in rows]  # of each row: (text, embedding), the positive first
     place = len(rows)
@@ -47,9 +51,11 @@ def double_loop(e, batch, rows, s):
         same = [other for other in rows if other["query"] == row["query"]]
         positives = [text for other in same for text in other["pos"]]
         terms = [torch.exp(e[i] @ columns[i][0][1] / s.temperature)]
+        highest = e[i] @ columns[(i + shift) % len(rows)][0][1] + s.false_negatives
         for j in range(len(rows)):
             for k, (text, d) in enumerate(columns[j]):
-                if (i, 0) != (j, k) and text not in positives and (s.in_batch or i == j):
+                negative = (i, 0) != (j, k) and text not in positives and (s.in_batch or i == j)
+                if negative and e[i] @ d <= highest:
                     terms.append(torch.exp(e[i] @ d / s.temperature))
         total = total - torch.log(terms[0] / sum(terms))
     return total / len(rows)
@@ -77,6 +83,127 @@ def test_info_nce_equals_a_double_loop(in_batch, negatives, temperature):
         blind = replace(batch, positive_ids=torch.zeros_like(batch.positive_ids))
         other = train.batch_loss(e, blind, s)[0].item()
         assert abs(other - loss.item()) > 1e-3  # control: duplicates count
+
+
+@pytest.mark.parametrize("margin", (0.0, 0.1, 0.3))
+@pytest.mark.parametrize("in_batch", (True, False))
+def test_false_negatives_equal_a_double_loop(in_batch, margin):
+    """Hard negatives and those of other rows that are above the positive by more are left out."""
+    rows, changes = tangled_rows(7), {"in_batch": in_batch, "negatives": 7, "temperature": 0.5}
+    s = settings(false_negatives=margin, **changes)
+    batch = a_batch(TEXTS, rows, s)
+    e = unit_vectors(len(batch.tokens))
+    loss, _ = train.batch_loss(e, batch, s)
+    expected = double_loop(e, batch, rows, s)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    (ours,) = torch.autograd.grad(loss, e, retain_graph=True)
+    (theirs,) = torch.autograd.grad(expected, e)
+    assert (ours - theirs).norm() <= 1e-10 * theirs.norm()
+    # controls: it masks something, by this row's own positive
+    everything = train.batch_loss(e, batch, settings(**changes))[0]
+    assert everything > loss + 0.1
+    assert abs(double_loop(e, batch, rows, s, shift=1) - loss) > 0.01
+
+
+def test_false_negatives_are_off_by_default():
+    """Bit for bit: the loss is the softmax over all columns that are not known positives."""
+    rows, s = some_rows(5), settings(temperature=0.05)
+    batch = a_batch(TEXTS, rows, s)
+    e = unit_vectors(len(batch.tokens)).float()
+    scores = e[:5] @ e[5:].T / s.temperature
+    plain = torch.nn.functional.cross_entropy(scores, torch.arange(5) * 3)
+    assert train.batch_loss(e, batch, s)[0] == plain
+    on = settings(temperature=0.05, false_negatives=0.0)
+    assert train.batch_loss(e, batch, on)[0] < plain  # control
+
+
+def test_with_dims_the_loss_is_the_mean_over_prefixes():
+    """Each prefix of unit length again, and the whole, once; accuracy is the whole's."""
+    rows, plain = tangled_rows(2), settings(temperature=0.1, false_negatives=0.2)
+    s = replace(plain, dims=[5, 2, 8, 5])
+    batch = a_batch(TEXTS, rows, s)
+    e = unit_vectors(len(batch.tokens))
+    loss, accuracy = train.batch_loss(e, batch, s)
+    prefixes = [e[:, :width] / e[:, :width].norm(dim=1, keepdim=True) for width in (2, 5)]
+    losses = [double_loop(x, batch, rows, s) for x in (*prefixes, e)]
+    expected = sum(losses) / 3
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    (ours,) = torch.autograd.grad(loss, e, retain_graph=True)
+    (theirs,) = torch.autograd.grad(expected, e)
+    assert (ours - theirs).norm() <= 1e-10 * theirs.norm()
+    whole, its_accuracy = train.batch_loss(e, batch, plain)
+    assert accuracy == its_accuracy and whole == losses[2]
+    accuracies = {train.batch_loss(x, batch, plain)[1].item() for x in prefixes}
+    assert accuracies != {accuracy.item()}  # control: a prefix's would be another
+    unnormed = [double_loop(e[:, :width], batch, rows, s) for width in (2, 5, 8)]
+    assert abs(sum(unnormed) / 3 - loss) > 0.1  # control
+
+
+def kd_by_hand(e, batch, rows, s, teacher_temperature):
+    """KL(teacher || student) row by row; each document's score is found by its text."""
+    texts = [text for _, text in batch.tokens]
+    place, divergences = len(rows), []
+    for i, row in enumerate(rows):
+        count = 1 + min(len(row["neg"]), s.negatives)
+        drawn = range(place, place + count)
+        place += count
+        scores = row.get("pos_scores", []) + row.get("neg_scores", [])
+        if len(scores) < len(row["pos"] + row["neg"]):
+            continue
+        score_of = dict(zip(row["pos"] + row["neg"], scores, strict=True))
+        teacher = [math.exp(score_of[texts[j]] / teacher_temperature) for j in drawn]
+        student = [torch.exp(e[i] @ e[j] / s.temperature) for j in drawn]
+        divergence = 0
+        for t, u in zip(teacher, student, strict=True):
+            p, q = t / sum(teacher), u / sum(student)
+            divergence = divergence + p * (math.log(p) - torch.log(q))
+        divergences.append(divergence)
+    return sum(divergences) / len(divergences)
+
+
+@pytest.mark.parametrize("temperature", (1.0, 0.5))
+@pytest.mark.parametrize("dims", ([], [5]))
+def test_kd_equals_a_double_loop(dims, temperature):
+    """Of the drawn documents in their order, over the rows with all scores, short ones too."""
+    rows = some_rows(9, 5)
+    for row in rows[:3]:
+        row["pos"].append("another positive")
+    scored(rows)
+    rows[2]["neg"], rows[2]["neg_scores"] = rows[2]["neg"][:1], rows[2]["neg_scores"][:1]
+    rows[3]["neg"], rows[3]["neg_scores"] = [], []
+    rows[5]["neg_scores"] = []  # has no scores
+    changes = {"negatives": 3, "temperature": 0.5, "dims": dims}
+    plain = settings(**changes)
+    s = settings(kd=0.7, kd_temperature=temperature, **changes)
+    batch = a_batch(TEXTS, rows, s)
+    has = [row for row in batch.scores if row.isfinite().any()]
+    assert len(has) == 5 and len(rows) == 9
+    e = unit_vectors(len(batch.tokens))
+    added = train.batch_loss(e, batch, s)[0] - train.batch_loss(e, batch, plain)[0]
+    prefixes = [e[:, :width] / e[:, :width].norm(dim=1, keepdim=True) for width in dims]
+    terms = [kd_by_hand(x, batch, rows, s, temperature) for x in (*prefixes, e)]
+    expected = 0.7 * sum(terms) / len(terms)
+    assert added.item() == pytest.approx(expected.item(), rel=1e-5)
+    (ours,) = torch.autograd.grad(added, e, retain_graph=True)
+    (theirs,) = torch.autograd.grad(expected, e)
+    assert (ours - theirs).norm() <= 1e-5 * theirs.norm() and theirs.norm() > 0.01
+    # controls: another order of the scores, another temperature
+    turned = replace(batch, scores=batch.scores.roll(1, dims=1))
+    other = train.batch_loss(e, turned, s)[0] - train.batch_loss(e, batch, plain)[0]
+    assert abs(other - added) > 0.01
+    assert abs(kd_by_hand(e, batch, rows, s, 2 * temperature) - terms[-1]) > 0.01
+
+
+def test_kd_is_off_by_default_and_rows_without_scores_do_not_count():
+    s = settings(temperature=0.5)
+    bare, rows = some_rows(4), scored(some_rows(4))
+    batch, with_scores = a_batch(TEXTS, bare, s), a_batch(TEXTS, rows, s)
+    e = unit_vectors(len(batch.tokens))
+    loss = train.batch_loss(e, batch, s)[0]
+    assert train.batch_loss(e, with_scores, s)[0] == loss  # bit for bit
+    on = replace(s, kd=1.0)
+    assert train.batch_loss(e, batch, on)[0] == loss  # no row has scores
+    assert train.batch_loss(e, with_scores, on)[0] > loss + 0.1
 
 
 def test_other_rows_are_negatives_only_in_batch():

@@ -56,6 +56,18 @@ def tangled_rows(negatives):
     return rows
 
 
+def scored(rows):
+    """Gives two of three rows scores like a reranker's, the last of them an all but certain one."""
+    rng = random.Random(1)
+    for i, row in enumerate(rows):
+        if i % 3 != 1:
+            row["pos_scores"] = [rng.uniform(-4, 8) for _ in row["pos"]]
+            row["neg_scores"] = [rng.uniform(-8, 4) for _ in row["neg"]]
+            last = row
+    last["pos_scores"] = [200] * len(last["pos"])
+    return rows
+
+
 def batch_rows():
     """Eight rows with duplicates among positives and negatives; the first four are the longest."""
     rows = tangled_rows(2) + some_rows(1, 2, seed=5)
@@ -75,6 +87,7 @@ SMALL = {
     "lora_rank": 4,
     "dtype": "float32",
     "export_dtype": "float32",
+    "compile": False,
     "held_out": 4,
     "save_every": 2,
     "eval_every": 5,

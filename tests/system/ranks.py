@@ -8,6 +8,7 @@ job names, with the loss.
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
@@ -25,6 +26,19 @@ from data.sampling import Dataset, known_positives
 def plain_gather(ctx, grad):
     """The control: as without an autograd function, gradients of other ranks are lost."""
     return grad.chunk(world_size())[rank()]
+
+
+def first_columns(q_bD, d_BLD, batch, s, info_nce=train.info_nce):
+    """The control: each rank's queries are aligned with the columns of the first rank's."""
+    first = torch.arange(len(batch.own_rows))
+    return info_nce(q_bD, d_BLD, replace(batch, own_rows=first), s)
+
+
+def mean_of_own_rows(q_bD, d_BLD, batch, s, kd_loss=train.kd_loss):
+    """The control: each rank's mean is over its own rows with scores, however many it has."""
+    has = batch.scores.isfinite().any(dim=1)
+    own = has[batch.own_rows].sum() * world_size()
+    return kd_loss(q_bD, d_BLD, batch, s) * has.sum() / own
 
 
 def embed_by_teacher(model, batch, job, s, key):
@@ -46,6 +60,10 @@ def write_gradients(folder, job):
     batch = train.make_batch(model.train(), rows, s, known_positives([dataset]))
     if job.get("control") == "gather":
         train.AllGather.backward = staticmethod(plain_gather)
+    if job.get("control") == "columns":
+        train.info_nce = first_columns
+    if job.get("control") == "kd":
+        train.kd_loss = mean_of_own_rows
     if job.get("control") == "replay":
         train.reseed = lambda *key: None
     key = (s.seed, 0, rank())

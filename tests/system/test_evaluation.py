@@ -111,6 +111,8 @@ def test_a_sentence_transformers_folder_is_loaded_by_mteb(peer):
     expected = SentenceTransformer(str(peer), device="cpu").encode(["A CAT"])
     np.testing.assert_allclose(found, expected, atol=1e-6)
     assert capitals.mteb_model_meta.experiment_kwargs == {"limit": 3, "perturb": "case"}
+    short = evaluation.Encoder(str(peer), dims=8).encode(batches, **how)
+    np.testing.assert_allclose(short, theirs[:, :8], atol=1e-6)
     with pytest.raises(InputError, match=r"expected .*peer, then none or some of \[\]"):
         evaluation.Encoder(f"{peer}:mean")
 
@@ -169,7 +171,7 @@ def test_two_ranks_share_texts_and_keep_their_order(released, tmp_path, monkeypa
     code = RANK_1.format(root=str(ROOT), meet=meet)
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     monkeypatch.setattr(evaluation, "instruction", lambda metadata, prompt_type: metadata)
-    encoder = evaluation.Encoder(str(released), 64, "float32")
+    encoder = evaluation.Encoder(str(released), 64, "float32", dims=24)
     texts = [f"{'word ' * (i % 5)}{i}" for i in range(9)]
     lengths = []
     encode = encoder.model.encode
@@ -182,6 +184,7 @@ def test_two_ranks_share_texts_and_keep_their_order(released, tmp_path, monkeypa
         return encoder.encode([{"text": texts}], task_metadata=task)
 
     alone = embed(texts, "Find it")
+    assert alone.shape == (9, 24)
     dist.init_process_group("gloo", init_method=f"file://{meet}", rank=0, world_size=2)
     try:
         encoder.model.encode = counted

@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT
-from helpers import batch_rows, learned, log, settings, torchrun, worst
+from helpers import batch_rows, learned, log, scored, settings, torchrun, worst
 from safetensors.torch import load_file, save_file
 
 import nvembed
@@ -78,6 +78,37 @@ def test_gradients_are_those_of_one_process(gradients, alone, ranks):
     assert worst(alone[1], own) <= 1e-5  # each row's own negatives only
     assert worst(alone[0], control) > 1e-2
     assert control["loss"][0] == pytest.approx(float(cached["loss"][0]), rel=1e-6)
+
+
+def test_false_negatives_on_two_ranks(gradients, alone):
+    """Which columns are left out does not depend on the ranks."""
+    on = {"settings": {"false_negatives": 0.02}}
+    (one,) = gradients(1, [on])
+    two, control = gradients(2, [on, on | {"control": "columns"}])
+    assert worst(one, two) <= 1e-5
+    torch.testing.assert_close(two["loss"], one["loss"], rtol=1e-5, atol=0)
+    assert one["loss"][0] < alone[0]["loss"][0] - 0.01  # something is left out
+    assert worst(one, control) > 1e-2
+
+
+def test_dims_on_two_ranks(gradients, alone):
+    """The gradient of prefixes comes back from the documents of other ranks."""
+    on = {"settings": {"dims": [8, 32]}}
+    (one,) = gradients(1, [on])
+    two, control = gradients(2, [on, on | {"control": "gather"}])
+    assert worst(one, two) <= 1e-5
+    torch.testing.assert_close(two["loss"], one["loss"], rtol=1e-5, atol=0)
+    assert min(worst(one, alone[0]), worst(one, control)) > 1e-2
+
+
+def test_kd_on_two_ranks(gradients, alone):
+    """Of eight rows the first rank has three with scores, the second two."""
+    on = {"rows": scored(batch_rows()), "settings": {"kd": 1.0}}
+    (one,) = gradients(1, [on])
+    two, control = gradients(2, [on, on | {"control": "kd"}])
+    assert worst(one, two) <= 1e-5
+    torch.testing.assert_close(two["loss"], one["loss"], rtol=1e-5, atol=0)
+    assert min(worst(one, alone[0]), worst(one, control)) > 1e-2
 
 
 def test_cached_is_plain_under_fsdp(gradients):

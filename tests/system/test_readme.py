@@ -34,7 +34,7 @@ NOT_RUN = {  # a part of a command of README.md, and what it needs
     "intfloat/": "a hub",
 }
 ADDED = {  # flags that make a command of README.md small, by its first words
-    "torchrun train.py": "--steps 2 --batch 4 --no-compile --held-out 1",
+    "python train.py": "--steps 2 --batch 4 --no-compile --held-out 1",
     "python eval.py": "--limit 8 --max-length 32",
     "python experiments/plot.py": "--limit 8 --max-length 32",
     "python experiments/compress.py": "--calibration 4",

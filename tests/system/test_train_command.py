@@ -310,6 +310,14 @@ BAD_SETTINGS = [
     ("steps", 3.5, "stages.1.steps: expected int, got 3.5"),
     ("in_batch", 1, "stages.1.in_batch: expected bool, got 1"),
     ("steps", True, "stages.1.steps: expected int, got True"),
+    ("dims", 64, "stages.1.dims: expected a list of int, got 64"),
+    ("dims", [8, 2.5], "stages.1.dims: expected a list of int, got [8, 2.5]"),
+    ("dims", [8, True], "stages.1.dims: expected a list of int, got [8, True]"),
+    ("dims", [8, 0], "stages.1.dims: expected a number in [1, inf), got 0"),
+    ("dims", [8, 65], "dims: expected from 1 to 64, the width of a vector, got 65"),
+    ("kd", -1, "stages.1.kd: expected a number in [0, inf), got -1"),
+    ("kd_temperature", 0, "stages.1.kd_temperature: expected a number in (0, inf), got 0"),
+    ("false_negatives", -0.1, "stages.1.false_negatives: expected a number in [0, 2], got -0.1"),
     ("steps", 0, "stages.1.steps: expected a number in [1, inf), got 0"),
     ("temperature", -1, "stages.1.temperature: expected a number in (0, inf), got -1"),
 ]
@@ -323,4 +331,51 @@ def test_bad_stage_setting(recipe, tmp_path, name, value, message):
     path.write_text(json.dumps(found))
     line = told(command(path, "--out", tmp_path / "run"))
     assert message in line
-    assert str(path) in line
+    assert str(path) in line or value == [8, 65]  # it is the model that is too narrow
+    assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+def test_kd_needs_scores(recipe, tmp_path):
+    """One row with scores will do, if only for a part of the batches."""
+    own, run = tmp_path / "my.jsonl", tmp_path / "run"
+    flags = ("--data", own, "--held-out", 0, "--steps", 3, "--kd", 1)
+    rows = some_rows(12)
+    rows[0]["pos_scores"] = [1.0]  # not of all its documents
+    write_rows(own, rows)
+    line = told(command(recipe, *flags, "--out", run))
+    assert line == "error: kd: expected rows with pos_scores and neg_scores, got none"
+    rows[0]["neg_scores"] = [0.5, 1]
+    write_rows(own, rows)
+    losses = []
+    for kd in ((), ("--kd", 0), ("--kd-temperature", 0.1)):
+        out = tmp_path / str(len(losses))
+        code, _, err = command(recipe, *flags, *kd, "--out", out)
+        assert code == 0, err
+        losses.append(np.array([line["loss"] for line in log(out)[1:]]))
+    assert (losses[0] != losses[1]).any() and (losses[0] != losses[2]).any()
+
+
+def test_dims_by_flag(recipe, tmp_path):
+    """Flags override the recipe's list; none at all is an empty one. A run keeps its own."""
+    found = json.loads(recipe.read_text())
+    found["stages"]["1"]["dims"] = [16]
+    path = tmp_path / "dims.json"
+    path.write_text(json.dumps(found))
+    losses = {}
+    for name, flags, dims in (
+        ("recipe", (), [16]),
+        ("flag", ("--dims", 8, 32), [8, 32]),
+        ("none", ("--dims",), []),
+    ):
+        out = ("--out", tmp_path / name, "--steps", 2)
+        code, _, err = command(path, *out, *flags)
+        assert code == 0, err
+        assert log_head(tmp_path / name)["settings"]["dims"] == dims
+        assert command(path, *out, *flags)[0] == 0  # finished
+        losses[name] = log(tmp_path / name)[1]["loss"]
+    assert len(set(losses.values())) == 3
+    assert "was begun with dims = [16], now [8]" in told(
+        command(path, "--out", tmp_path / "recipe", "--steps", 2, "--dims", 8)
+    )
+    line = told(command(path, "--out", tmp_path / "odd", "--dims", 8, 0))
+    assert line == "error: --dims: expected a number in [1, inf), got 0"

@@ -31,9 +31,9 @@ class FakeModel:
     def __init__(self):
         self.calls = []
 
-    def encode(self, texts, instruction="", max_length=512, progress=False):
+    def encode(self, texts, instruction="", max_length=512, progress=False, dims=None):
         self.calls.append((instruction, list(texts)))
-        return np.stack([self.embed(text) for text in texts])
+        return np.stack([self.embed(text)[:dims] for text in texts])
 
     def embed(self, text):
         seeds = [zlib.crc32(word.encode()) for word in text.lower().split()]

@@ -47,6 +47,22 @@ def test_packed_texts_do_not_see_each_other(base, monkeypatch):
     assert gap(model.encode(TEXTS), alone) > 0.05
 
 
+def test_dims_are_the_first_numbers_as_unit_vectors(base):
+    model = NVEmbed.from_pretrained(base)
+    whole = model.encode(TEXTS, TASK)
+    for dims in (1, 24, np.int64(64), 64.0):
+        found = model.encode(TEXTS, TASK, dims=dims)
+        expected = whole[:, : int(dims)]
+        expected = expected / np.linalg.norm(expected, axis=1, keepdims=True)
+        assert found.shape == (len(TEXTS), int(dims)) and found.dtype == np.float32
+        assert np.abs(found - expected).max() <= 1e-6
+    assert (model.encode(TEXTS, TASK, dims=64) == whole).all()  # bit for bit
+    assert np.linalg.norm(whole[:, :24], axis=1).max() < 0.9  # control
+    for dims in (0, -1, 65, 2.5, "64"):
+        message = error_of(model.encode, TEXTS, dims=dims)
+        assert message == f"dims: expected from 1 to 64, the width of a vector, got {dims}"
+
+
 def test_order_and_empty_inputs(base):
     model = NVEmbed.from_pretrained(base)
     assert model.encode([]).shape == (0, 64)

@@ -119,6 +119,18 @@ def test_perturbed_are_queries_and_symmetric_texts(suite, monkeypatch, capsys):
     assert suite.calls  # results of perturbed texts are kept apart
 
 
+def test_results_of_some_dims_are_kept_apart(suite, monkeypatch, capsys):
+    whole = output(monkeypatch, capsys, *MODEL)
+    suite.calls.clear()
+    some = output(monkeypatch, capsys, *MODEL, "--dims", "2")
+    assert suite.calls and cells(some)["mean"] != cells(whole)["mean"]
+    suite.calls.clear()
+    assert output(monkeypatch, capsys, *MODEL, "--dims", "2") == some
+    assert output(monkeypatch, capsys, *MODEL) == whole and not suite.calls
+    message = error(monkeypatch, capsys, *MODEL, "--dims", "0")
+    assert message == "error: --dims: expected a number in [1, inf), got 0"
+
+
 # ---- models
 
 

@@ -41,6 +41,14 @@ TEXTS = "expected a list of non-empty strings"
             "field 'pos_scores': expected 1 numbers",
         ),
         (
+            '{"query": "q", "pos": ["p"], "pos_scores": [NaN]}',
+            "field 'pos_scores': expected 1 numbers",
+        ),
+        (
+            '{"query": "q", "pos": ["p"], "neg": ["n"], "neg_scores": [-1e39]}',
+            "field 'neg_scores': expected 1 numbers",
+        ),
+        (
             '{"query": "q", "pos": ["p"], "pos_scores": [true]}',
             "field 'pos_scores': expected 1 numbers",
         ),

@@ -1,0 +1,60 @@
+"""What ranks and GPUs need, as far as one process shows it: PyTorch's versions, agreement."""
+
+import itertools
+
+import pytest
+import torch
+
+import nvembed
+from data import ranks
+from data.commands import InputError
+
+LENGTHS = (5, 3, 8)
+
+
+def kernel(q, k, v, ends, *_, window_size):
+    """varlen_attn of PyTorch 2.11 by SDPA: as many key-value heads as query heads."""
+    assert q.shape == k.shape == v.shape
+    out = []
+    for start, end in itertools.pairwise(ends.tolist()):
+        qkv = [x[start:end].transpose(0, 1) for x in (q, k, v)]
+        causal = window_size == (-1, 0)
+        out.append(torch.nn.functional.scaled_dot_product_attention(*qkv, is_causal=causal))
+    return torch.cat(out, dim=1).transpose(0, 1)
+
+
+@pytest.mark.parametrize("causal", (False, True))
+def test_attention_without_grouped_queries(monkeypatch, causal):
+    """PyTorch 2.11's kernel has none: heads are repeated, with the same result."""
+    torch.manual_seed(0)
+    q = torch.randn(sum(LENGTHS), 4, 8)
+    k, v = torch.randn(2, sum(LENGTHS), 2, 8)
+    expected = nvembed.attend(q, k, v, LENGTHS, causal)
+    monkeypatch.setattr(nvembed, "varlen_attn", kernel)
+    found = nvembed.attend_varlen(q, k, v, LENGTHS, causal, None)
+    torch.testing.assert_close(found, expected)
+    other = nvembed.attend(q, k, v, LENGTHS, not causal)
+    assert (other - expected).abs().max() > 0.1  # control
+
+
+def test_gather_of_earlier_versions(monkeypatch):
+    monkeypatch.delattr(ranks.dist, "all_gather_single")
+    monkeypatch.setattr(ranks, "world_size", lambda: 2)
+    copy = lambda out, x: out.copy_(torch.cat([x, x + 1]))
+    monkeypatch.setattr(ranks.dist, "all_gather_into_tensor", copy)
+    assert ranks.all_gather(torch.tensor([[1.0], [2.0]])).flatten().tolist() == [1, 2, 2, 3]
+
+
+def test_ranks_have_to_agree(monkeypatch):
+    ranks.check_agreement({"lr": 1.0})
+    monkeypatch.setattr(ranks, "world_size", lambda: 3)
+    digests = []
+
+    def gathered(own, op=None):
+        digests.append(own[0])
+        return [digests[0], digests[0], digests[-1]]  # rank 2 says what was asked last
+
+    monkeypatch.setattr(ranks, "all_reduce", gathered)
+    ranks.check_agreement({"lr": 1.0})
+    with pytest.raises(InputError, match="rank 2: other rows, settings or model than on rank 0"):
+        ranks.check_agreement({"lr": 2.0})
