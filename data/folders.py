@@ -422,7 +422,9 @@ def template_of_prompts(folder, normalized):
         raise InputError(f"{path}: field 'default_prompt_name': expected none, got {name!r}")
     if raw.get("truncate_dim") is not None:
         dims = raw["truncate_dim"]
-        raise InputError(f"{path}: field 'truncate_dim': expected none, got {dims}: encode has dims")
+        raise InputError(
+            f"{path}: field 'truncate_dim': expected none, got {dims}: encode has dims"
+        )
     if raw.get("similarity_fn_name") not in (None, "cosine") and not normalized:
         name = raw["similarity_fn_name"]
         raise InputError(f"{path}: field 'similarity_fn_name': expected cosine, got {name!r}")

@@ -4,6 +4,7 @@ Two measures, from 0 to 1: "bm25" compares the words of two texts, "runs" their 
 """
 
 import re
+from pathlib import Path
 
 import numpy as np
 
