@@ -54,8 +54,8 @@ def measure_peak(device, dtype):
 def product_speed(width, device, dtype):
     """FLOP/s of products of square matrices: the best of four rounds.
 
-    The numbers are random, since GPUs multiply equal ones up to 15 % faster. A GPU works ahead of
-    the program, so it is waited for before and after a round of ten products, not after each.
+    The numbers are random: GPUs multiply equal ones over 10 % faster. A GPU works ahead of the
+    program, so it is waited for before and after a round of ten products, not after each.
     """
     generator = torch.Generator(device).manual_seed(0)
     x = torch.randn(width, width, generator=generator, device=device).to(dtype)

@@ -810,7 +810,7 @@ def cache(args):
 
 # ---- all of a device
 
-MINUTES = 8  # of the whole command
+MINUTES = 8  # of the whole command on a GPU; a CPU gets three times as long
 Row = namedtuple("Row", "version_1 beside goal gpu", defaults=("", "", "", False))
 # Name of a part: its seconds at most, {row: what is known and wanted, whether it needs a GPU}.
 PARTS = {
