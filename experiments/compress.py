@@ -37,6 +37,7 @@ import nvembed
 import train
 from data.base import resolve
 from data.commands import Flags, InputError, run_command
+from data.files import write_json
 from data.recipes import read_recipe
 from data.sampling import draw_rows, known_positives, read_datasets, schedule
 
