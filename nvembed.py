@@ -711,10 +711,10 @@ class NVEmbed(nn.Module):
     def from_pretrained(cls, path, device="cpu", dtype=torch.float32, quantize=None, **settings):
         """Loads a folder or hub id -> NVEmbed in eval mode, its weights frozen.
 
-                It may be a Mistral, Llama or Qwen base, NV-Embed-v1 or v2, a model saved here, or a PEFT
+        It may be a Mistral, Llama or Qwen base, NV-Embed-v1 or v2, a model saved here, or a PEFT
         adapter with its base. `settings` override the stored Config. `quantize` is int8, fp8 or
         int4 for smaller projections (data/quantize.py). With device None the weights stay mapped
-                from the file, in its dtype, for a caller who moves them block by block.
+        from the file, in its dtype, for a caller who moves them block by block.
 
         Loading is strict: a tensor that is missing, left over or of another shape is an InputError,
         but for two rules. A base has no latent layer: it is fresh. A base's LM head is dropped, and
