@@ -563,7 +563,7 @@ def folder_to_write(path, other):
     if not path:
         raise InputError(f"path: expected a folder to write, got {path!r}")
     if Path(path, other).exists():
-        raise InputError(f"{path}: expected another folder: there is a {other} in it")
+        raise InputError(f"{path}: expected another folder: {other} is in this one")
     return Path(path)
 
 
@@ -699,7 +699,7 @@ def read_adapter(folder, expected):
 
 def write_adapter(path, state, base, r, alpha, dropout, targets):
     """Writes the folder of a LoRA adapter of AutoModel(base); `state` has our decoder's names."""
-    file = Path(path, "adapter_model.safetensors")
+    file = folder_to_write(path, "config.json") / "adapter_model.safetensors"
     check_finite(state, file)
     tensors = {}
     for name, tensor in state.items():

@@ -149,8 +149,19 @@ def test_a_frozen_model_keeps_its_fold(tokenizer_json):
     assert model.inference_fold() is first
     assert gap(model.encode(TEXTS), embeddings) == 0
     assert gap(embeddings, expected) <= 1e-6
-    model.latent_attention_model.requires_grad_(True)
+    with torch.no_grad():
+        model.latent_attention_model.latents[0, 0] += 1
     assert model.inference_fold() is not first  # control
+
+
+def test_a_fold_sees_what_no_counter_does(tokenizer_json):
+    """A change through .data, as averaging of weights makes it, is a change."""
+    model = small_model(tokenizer_json)
+    before = model.encode(TEXTS)
+    model.latent_attention_model.cross_attend_blocks[0].fn["to_kv"].weight.data.mul_(1.5)
+    after = model.encode(TEXTS)
+    assert gap(after, without_fold(model)) <= 1e-6
+    assert gap(after, before) > 1e-4
 
 
 def test_no_latents_have_no_fold(tokenizer_json):

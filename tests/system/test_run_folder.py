@@ -27,6 +27,7 @@ from data.runs import checkpoint, fingerprint
 def users_files(folder):
     """Files that no run writes, some named almost like one's."""
     names = ("my.jsonl", "step_by_step/notes.txt", "notes/log.jsonl", "model-mine.safetensors")
+    names += ("adapter/notes/mine.txt", "step_000099/mine.txt")
     for name in names:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,9 +56,9 @@ def test_a_folder_that_is_no_run_is_refused(recipe, tmp_path, flag):
     line = told(
         command(recipe, "--data", recipe.parent / "rows.jsonl", "--out", tmp_path / "exp", *flag)
     )
-    assert f"--out {tmp_path / 'exp'}: expected an empty folder or a run, found model-mine" in line
+    assert f"--out {tmp_path / 'exp'}: expected an empty folder or a run, found adapter" in line
     assert {path: path.read_text() for path in mine} == mine
-    assert len(list((tmp_path / "exp").rglob("*"))) == len(mine) + 2
+    assert len([path for path in (tmp_path / "exp").rglob("*") if path.is_file()]) == len(mine)
 
 
 @pytest.mark.parametrize("flag", ([], ["--restart"]))
@@ -81,6 +82,40 @@ def test_checkpoints_remove_only_checkpoints(recipe, stopped, tmp_path):
     assert command(recipe, "--out", run)[0] == 0
     left = sorted(path.name for path in run.glob("step_*"))
     assert left == ["step_000001", "step_000010", "step_by_step"]
+
+
+def test_a_card_that_a_user_wrote_is_kept(recipe, whole, tmp_path):
+    run = shutil.copytree(whole, tmp_path / "run")
+    (run / "README.md").write_text("# Mine\n")
+    assert command(recipe, "--out", run, "--restart", "--steps", 1)[0] == 0
+    assert (run / "README.md").read_text() == "# Mine\n"
+
+
+LATEST = ("", "step_000003\n", "../elsewhere", "\udce9\udcff")
+
+
+@pytest.mark.parametrize("latest", LATEST)
+def test_latest_that_names_no_checkpoint(recipe, stopped, tmp_path, latest):
+    """One line that names those that there are; with one of them written in, the run goes on."""
+    run = shutil.copytree(stopped, tmp_path / "run")
+    (run / "latest").write_bytes(latest.encode(errors="surrogateescape"))
+    line = told(command(recipe, "--out", run))
+    assert f"{run}/latest: expected the name of a checkpoint, one of ['step_000005']" in line
+    (run / "latest").write_text("step_000005\n")
+    assert command(recipe, "--out", run)[0] == 0
+
+
+def test_a_run_without_its_log_goes_on(recipe, whole, stopped, tmp_path):
+    run = shutil.copytree(stopped, tmp_path / "run")
+    (run / "log.jsonl").unlink()
+    assert command(recipe, "--out", run)[0] == 0
+    assert learned(run)[0] == learned(whole)[0]
+
+
+def test_a_state_that_is_not_ours(recipe, stopped, tmp_path):
+    run = shutil.copytree(stopped, tmp_path / "run")
+    (checkpoint(run) / FILES[2]).write_text('{"step": 4}')
+    assert "state.json: field 'settings': missing" in told(command(recipe, "--out", run))
 
 
 def test_files_have_the_mode_of_new_files(recipe, whole, tmp_path):

@@ -17,7 +17,7 @@ from helpers import FILES, WORDS, command, log, log_head, settings, some_rows, t
 from safetensors.torch import load_file
 
 import train
-from data import sampling
+from data import files, sampling
 from data.files import write_rows
 from data.runs import checkpoint
 from nvembed import NVEmbed
@@ -185,6 +185,32 @@ def test_mined_rows_are_used(recipe, tmp_path):
     assert code == 0, err
     assert f"rows of {mined / 'rows.jsonl'}" in out
     assert "no/such" in told(command(recipe, "--out", tmp_path / "odd", *flags, "no/such"))
+
+
+def test_mined_rows_have_to_be_those_of_the_set(recipe, tmp_path):
+    """A file of that name that was mined from other rows, or none at all, is refused."""
+    (tmp_path / "mined").mkdir()
+    write_rows(tmp_path / "mined/rows.jsonl", some_rows(40, 3))
+    report = tmp_path / "mined/rows.jsonl.json"
+    flags = ("--steps", 1, "--out", tmp_path / "run", "--mined")
+    report.write_text(json.dumps({"plan": {"sha256": "0123456789abcdef"}}))
+    line = told(command(recipe, *flags, tmp_path / "mined"))
+    assert "mined/rows.jsonl: was mined from other rows than those of" in line
+    (tmp_path / "empty").mkdir()
+    line = told(command(recipe, *flags, tmp_path / "empty"))
+    assert "expected a file of a data set's name in it, found none" in line
+    digest = files.digest(recipe.parent / "rows.jsonl")
+    report.write_text(json.dumps({"plan": {"sha256": digest}}))
+    assert command(recipe, *flags, tmp_path / "mined")[0] == 0  # control
+
+
+def test_own_rows_do_not_take_a_stages_folder(recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "stage1.jsonl", some_rows(40))
+    line = told(command(recipe, "--data", "stage1.jsonl", "--steps", 1))
+    assert "--data stage1.jsonl: expected --out: runs/stage1 is a stage's" in line
+    assert not (tmp_path / "runs").exists()
+    assert command(recipe, "--data", "stage1.jsonl", "--steps", 1, "--out", "runs/my")[0] == 0
 
 
 # ---- bad input

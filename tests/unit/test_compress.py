@@ -287,6 +287,25 @@ def test_bad_settings(recipe, base, tmp_path, flags, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_no_folder_of_others_is_written_over(recipe, base, tmp_path):
+    """Not the model itself, by any name, nor a folder with other files; a second time its own."""
+    model = shutil.copytree(base, tmp_path / "model")
+    (tmp_path / "link").symlink_to(model)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/config.json").write_text('{"mine": 1}')
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    flags = ("--prune", "magnitude")
+    for out, message in (("model", "overwrite the model"), ("link", "overwrite the model")):
+        code, _, err = command(recipe, model, tmp_path / out, *flags)
+        assert code == 2 and message in err
+    code, _, err = command(recipe, model, tmp_path / "mine", *flags)
+    assert code == 2 and "one of this command, found config.json" in err
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    for _ in range(2):
+        code, _, err = command(recipe, model, tmp_path / "out", *flags)
+        assert code == 0, err
+
+
 def test_unknown_method(recipe, base, tmp_path):
     code, _, err = command(recipe, base, tmp_path / "out", "--prune", "smallest")
     assert code == 2 and "--prune: invalid choice: 'smallest'" in err

@@ -5,7 +5,7 @@ import pytest
 
 from data import leakage
 from data.commands import InputError
-from data.files import ROOT, json_lines
+from data.files import ROOT, json_lines, write_rows
 from data.recipes import read_recipe
 from data.rows import read_rows
 
@@ -133,3 +133,18 @@ def test_shipped_sets(name, held_out):
     _, by_bm25 = leakage.drop_leaks(rows, held_out, "bm25", 0.8)
     _, by_runs = leakage.drop_leaks(rows, held_out, "runs", 0.5)
     assert (len(by_bm25), len(by_runs)) == NEAR[name]
+
+
+def test_no_file_is_replaced(tmp_path):
+    """Neither the output nor what is written beside it, if either is there already."""
+    rows, held = tmp_path / "rows.jsonl", tmp_path / "held.jsonl"
+    write_rows(rows, [{"query": "a lake", "pos": ["deep water"]}])
+    write_rows(held, [{"query": "a stone", "pos": ["hard rock"]}])
+    for name in ("mine.jsonl", "kept.dropped.jsonl"):
+        (tmp_path / name).write_text("mine\n")
+        out = tmp_path / name.replace("kept.dropped", "kept")
+        with pytest.raises(InputError, match=f"{name}: is there already; use another --out"):
+            leakage.check_files(rows, held, "bm25", 0.8, out)
+        assert (tmp_path / name).read_text() == "mine\n"
+    counts = leakage.check_files(rows, held, "bm25", 0.8, tmp_path / "new.jsonl")
+    assert counts["kept"] == 1  # control

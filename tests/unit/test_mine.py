@@ -391,6 +391,28 @@ def test_no_input_is_overwritten(here, monkeypatch):
     assert len(read_rows(here / "d/rows.jsonl")) == 3
 
 
+def test_mined_rows_are_of_their_file_and_unchanged(here, monkeypatch):
+    """Not of another file of the same name; not when somebody wrote in them, or half is gone."""
+    for folder in ("a", "b"):
+        (here / folder).mkdir()
+        write_rows(here / folder / "rows.jsonl", ROWS)
+    flags = ("--out", "d", "--data")
+    mining(monkeypatch, *flags, "a/rows.jsonl")
+    target = here / "d/rows.jsonl"
+    mined = target.read_bytes()
+    with pytest.raises(InputError, match="^d/rows.jsonl: was made of .*a/rows.jsonl; use another"):
+        mining(monkeypatch, *flags, "b/rows.jsonl")
+    assert target.read_bytes() == mined
+    for changed in (mined[: len(mined) // 2], b"", mined + b"{}"):
+        target.write_bytes(changed)
+        with pytest.raises(InputError, match="^d/rows.jsonl: was changed since it was made"):
+            mining(monkeypatch, *flags, "a/rows.jsonl")
+        assert target.read_bytes() == changed
+    target.unlink()
+    mining(monkeypatch, *flags, "a/rows.jsonl")  # control
+    assert target.read_bytes() == mined
+
+
 def test_what_is_half_written_is_mined_again(here, monkeypatch):
     """Killed when other settings' rows are written: what was there before is no longer done."""
     write_rows(here / "rows.jsonl", ROWS)

@@ -1,0 +1,81 @@
+"""Folders of other people that say what cannot be honoured, and folders that would be two things."""
+
+import json
+import shutil
+
+import pytest
+import references
+from small_suite import error, suite  # noqa: F401
+
+import eval as evaluation
+import nvembed
+from data.commands import InputError
+from data.folders import adapter_base
+from nvembed import NVEmbed
+
+
+@pytest.fixture
+def adapter(base, tmp_path):
+    """A PEFT adapter of a base, with the base's tokenizer beside it."""
+    model = NVEmbed.from_pretrained(base, pooling="mean")
+    nvembed.add_lora(model, 2)
+    nvembed.save_adapter(model, tmp_path / "adapter", base)
+    shutil.copy(base / "tokenizer.json", tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_an_adapter_with_another_tokenizer(base, adapter):
+    """Its ids would come from the base's: refused; padding alone makes no other text."""
+    path = adapter / "tokenizer.json"
+    found = json.loads(path.read_text())
+    path.write_text(json.dumps(found | {"padding": None, "truncation": None}))
+    assert adapter_base(adapter) == base
+    path.write_text(json.dumps(found | {"normalizer": {"type": "Lowercase"}}))
+    with pytest.raises(InputError, match="tokenizer.json: expected that of the base"):
+        NVEmbed.from_pretrained(adapter, pooling="mean")
+
+
+def test_a_folder_is_a_model_or_an_adapter(base, adapter, tmp_path):
+    model = NVEmbed.from_pretrained(base, pooling="mean")
+    with pytest.raises(InputError, match="adapter_config.json is in this one"):
+        model.save_pretrained(adapter)
+    nvembed.add_lora(model, 2)
+    whole = shutil.copytree(base, tmp_path / "whole")
+    with pytest.raises(InputError, match="expected another folder: config.json is in this one"):
+        nvembed.save_adapter(model, whole, base)
+    for path in ("", None):
+        with pytest.raises(InputError, match="path: expected a folder to write"):
+            model.save_pretrained(path)
+    nvembed.save_adapter(model, tmp_path / "new", base)  # control
+
+
+def test_a_path_that_is_not_there():
+    for path in ("/no/such", "./no", "a/b/c"):
+        with pytest.raises(InputError, match=f"model '{path}': no such folder"):
+            NVEmbed.from_pretrained(path)
+
+
+def test_a_base_with_as_many_heads_of_both_kinds(tmp_path, tokenizer_json):
+    """Old Llama configs do not name the key-value heads."""
+    hf = references.hf_model("llama")
+    references.write_base(tmp_path / "llama", tokenizer_json, hf)
+    path = tmp_path / "llama/config.json"
+    config = json.loads(path.read_text())
+    heads = config.pop("num_key_value_heads")
+    path.write_text(json.dumps(config))
+    found = nvembed.read_config(tmp_path / "llama")
+    assert found.num_key_value_heads == config["num_attention_heads"] != heads
+
+
+def test_an_empty_text_of_a_tokenizer_that_adds_nothing(base):
+    model = NVEmbed.from_pretrained(base, pooling="mean", bos_token_id=None, add_eos=False)
+    with pytest.raises(InputError, match=r"got 0 of \[\]"):
+        model.encode(["a lake", ""])
+    assert model.encode(["a lake"]).shape == (1, 64)
+
+
+def test_two_words_for_one_setting(suite, monkeypatch, capsys):  # noqa: F811
+    for spec in ("model:mean:causal:bidirectional", "model:latent:mean", "model:mean:mean"):
+        message = error(monkeypatch, capsys, "--model", spec)
+        assert f"--model {spec}: expected one word for a setting, got two" in message
+    assert evaluation.split_spec("model:mean:causal") == ("model", ["mean", "causal"])  # control
