@@ -199,7 +199,7 @@ def test_saved_files_have_the_mode_of_new_files(released, tmp_path):
     (tmp_path / "new").touch()
     usual = (tmp_path / "new").stat().st_mode
     files = [path for path in (tmp_path / "m").rglob("*") if path.is_file()]
-    assert len(files) == 7
+    assert len(files) == 9
     assert {path.stat().st_mode for path in files} == {usual}
 
 

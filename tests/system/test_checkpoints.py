@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 import nvembed
 import train
 from data import folders, runs
+from data.commands import InputError
 from data.runs import checkpoint
 
 KILLS = int(os.environ.get("NVEMBED_TEST_KILLS", 3))
@@ -190,7 +191,7 @@ def loads_whole(run, targets):
     try:
         stored = [load_file(checkpoint(run) / name) for name in FILES[:2]]
         step = json.loads((checkpoint(run) / FILES[2]).read_text())["step"]
-    except OSError:
+    except (OSError, InputError):
         return False
     return sum(map(len, stored)) == targets and checkpoint(run).name == f"step_{step:06d}"
 

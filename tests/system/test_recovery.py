@@ -325,7 +325,7 @@ def test_what_stage_three_needs(stage3_recipe, stage3, pruned, tmp_path, monkeyp
     needs_teacher = command(stage3_recipe, "--stage", 3, "--init", pruned["0.5"])
     assert "model 'runs/stage2': not a folder" in told(needs_teacher)
     result = stage3(tmp_path / "run", teacher=tmp_path / "nowhere")
-    assert f"model '{tmp_path / 'nowhere'}': not a folder" in told(result)
+    assert f"model '{tmp_path / 'nowhere'}': no such folder" in told(result)
     found = json.loads(stage3_recipe.read_text())
     found["stages"]["3"]["prune"] = "sparsegpt"  # pruning is another command now
     (tmp_path / "old.json").write_text(json.dumps(found))

@@ -314,7 +314,10 @@ def test_unknown_method(recipe, base, tmp_path):
 def test_runs_are_not_overwritten(recipe, base, tmp_path):
     (tmp_path / "latest").write_text("step_000002\n")
     code, _, err = command(recipe, base, tmp_path)
-    assert code == 2 and f"error: {tmp_path}: is a training run; expected another --out" in err
+    assert (
+        code == 2
+        and f"error: {tmp_path}: expected a new folder, an empty one or one of this command" in err
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["latest"]
 
 
@@ -335,7 +338,9 @@ def test_adapters_are_refused(recipe, base, tmp_path):
 
 def test_states_that_overflow(recipe, base, tmp_path):
     model = NVEmbed.from_pretrained(base)
-    model.embedding_model.layers[1].mlp.up_proj.weight.data[0] = torch.inf
+    mlp = model.embedding_model.layers[1].mlp
+    for layer in (mlp.gate_proj, mlp.up_proj):
+        layer.weight.data[0] = 1e30  # finite, but the product of the two outputs is not
     model.save_pretrained(tmp_path / "broken", torch.float32)
     code, _, err = command(recipe, tmp_path / "broken", tmp_path / "out")
     assert code == 2 and "layers.1.mlp.down_proj: its inputs are not finite" in err
