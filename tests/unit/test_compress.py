@@ -314,10 +314,7 @@ def test_unknown_method(recipe, base, tmp_path):
 def test_runs_are_not_overwritten(recipe, base, tmp_path):
     (tmp_path / "latest").write_text("step_000002\n")
     code, _, err = command(recipe, base, tmp_path)
-    assert (
-        code == 2
-        and f"error: {tmp_path}: expected a new folder, an empty one or one of this command" in err
-    )
+    assert code == 2 and f"error: --out {tmp_path}: expected a new folder, an empty one" in err
     assert [path.name for path in tmp_path.iterdir()] == ["latest"]
 
 

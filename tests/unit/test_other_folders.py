@@ -1,4 +1,4 @@
-"""Folders of other people that say what cannot be honoured, and folders that would be two things."""
+"""Folders of other people that say what cannot be honoured; folders that would be two things."""
 
 import json
 import shutil
