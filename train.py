@@ -462,11 +462,11 @@ def train(run, init, datasets, s, device, teacher_name=None, tensorboard=None):
     settings = asdict(s) | {"content": content(init, teacher_name, datasets)}
     check_agreement(settings)
     model, base = build(init, s, device)
-    s = replace(s, micro_tokens=choose_micro_tokens(model, s))
     check_prompts(datasets, model.tokenize, s.max_length)
     teacher = None
     if s.distill:
         teacher = place(load(teacher_name, s, device), s, device)
+    s = replace(s, micro_tokens=choose_micro_tokens(model, s))  # of the memory that is left
     parameters = trained(model).values()
     optimizer = torch.optim.AdamW(parameters, s.lr, weight_decay=s.weight_decay, fused=True)
     state = resume(run, settings, model, optimizer)

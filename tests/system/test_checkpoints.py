@@ -268,6 +268,15 @@ def test_disk_full_at_the_export(recipe, unexported, monkeypatch):
     assert (unexported / "config.json").exists()
 
 
+def test_disk_full_in_the_log(recipe, stopped, whole, tmp_path, monkeypatch):
+    run = shutil.copytree(stopped, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.RunLog, "write", full)
+        assert "No space left on device" in told(command(recipe, "--out", run))
+    assert command(recipe, "--out", run)[0] == 0
+    assert learned(run) == learned(whole)
+
+
 def test_killed_while_exporting(recipe, unexported, monkeypatch):
     """A run counts as finished only when everything of it is written."""
 
