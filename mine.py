@@ -427,6 +427,8 @@ def mine_file(entry, teachers, args):
         files.write_json(report, {"command": command, "plan": plan, "counts": counts, **made})
         numbers = ", ".join(f"{name} {number:,}" for name, number in counts.items())
         print(f"{target}: {numbers}", flush=True)
+        if not counts["kept"]:
+            print(f"{target}: no negative passed the rule {args.rule}: another --rule or --model?")
 
 
 def places(entry, args):

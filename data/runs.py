@@ -55,7 +55,11 @@ def run_folder(run, models, restart):
             if restart:
                 remove_run(run)
         all_reduce([0])  # wait for rank 0: the folder is there
-        yield
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                run.rmdir()  # where nothing came of it
 
 
 def check_folder(run, models):

@@ -65,6 +65,10 @@ def read_datasets(entries, stage, s, mined=None):
         raise InputError(f"recipe: expected a data set of stage {stage}, got none")
     if mined and not any(Path(dataset.file).parent == Path(mined) for dataset in datasets):
         raise InputError(f"--mined {mined}: expected a file of a data set's name in it, found none")
+    if not s.in_batch and not any(row["neg"] for data in datasets for row in data.rows):
+        raise InputError(
+            "in_batch is off: expected rows with negatives, got none; mine.py finds some"
+        )
     if s.kd and not any(has_scores(row) for dataset in datasets for row in dataset.rows):
         raise InputError("kd: expected rows with pos_scores and neg_scores, got none")
     return datasets

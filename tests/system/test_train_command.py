@@ -204,6 +204,17 @@ def test_mined_rows_have_to_be_those_of_the_set(recipe, tmp_path):
     assert command(recipe, *flags, tmp_path / "mined")[0] == 0  # control
 
 
+def test_nothing_to_learn_from(recipe, tmp_path):
+    """Without in-batch negatives and without hard ones every loss is 0."""
+    rows = [row | {"neg": []} for row in some_rows(40)]
+    write_rows(tmp_path / "my.jsonl", rows)
+    flags = ("--data", tmp_path / "my.jsonl", "--out", tmp_path / "run", "--steps", 1)
+    line = told(command(recipe, *flags, "--no-in-batch"))
+    assert "in_batch is off: expected rows with negatives, got none" in line
+    assert not (tmp_path / "run").exists()
+    assert command(recipe, *flags)[0] == 0  # control
+
+
 def test_own_rows_do_not_take_a_stages_folder(recipe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "stage1.jsonl", some_rows(40))
@@ -283,7 +294,7 @@ BAD_FLAGS = [
 @pytest.mark.parametrize(("flags", "message"), BAD_FLAGS)
 def test_bad_flags(recipe, tmp_path, flags, message):
     assert message in told(command(recipe, "--out", tmp_path / "run", *flags))
-    assert not (tmp_path / "run" / "latest").exists()
+    assert not (tmp_path / "run").exists()
 
 
 BAD_ARGUMENTS = (
