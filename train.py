@@ -656,7 +656,7 @@ def main():
     if s.keep and world_size() > 1:
         raise InputError(f"keep: expected one rank, got {world_size()}")
     datasets = read_datasets(entries, data_stage, s, args.mined)
-    check_batch(datasets, s.batch, world_size())
+    check_batch(datasets, s, world_size())
     for dataset in datasets:
         print0(dataset.summary())
     with run_folder(run, (init, teacher), args.restart):

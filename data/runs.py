@@ -47,6 +47,7 @@ def run_folder(run, models, restart):
 
     Only what a run wrote is ever removed or written over: a folder with other content is refused.
     """
+    made = rank() == 0 and not run.exists()
     with contextlib.ExitStack() as stack:
         if rank() == 0:
             run.mkdir(parents=True, exist_ok=True)
@@ -58,8 +59,9 @@ def run_folder(run, models, restart):
         try:
             yield
         finally:
-            with contextlib.suppress(OSError):
-                run.rmdir()  # where nothing came of it
+            if made:
+                with contextlib.suppress(OSError):
+                    run.rmdir()  # nothing came of it, if it is empty
 
 
 def check_folder(run, models):
@@ -339,6 +341,11 @@ class RunLog:
         self.board = None
         if rank() > 0:
             return
+        if tensorboard is not None:
+            optional_package("tensorboard", "--tensorboard")
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(tensorboard)
         path = run / "log.jsonl"
         lines = [json.dumps(head)]
         if step >= 0 and path.exists():
@@ -349,11 +356,6 @@ class RunLog:
         with renamed(path) as temporary:
             temporary.write_text("\n".join(lines) + "\n")
         self.file = path.open("a", buffering=1)
-        if tensorboard is not None:
-            optional_package("tensorboard", "--tensorboard")
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(tensorboard)
 
     def write(self, record):
         if self.file is None or record is None:

@@ -105,13 +105,15 @@ def check_prompts(datasets, tokenize, max_length):
                 fitting.add(prompt)
 
 
-def check_batch(datasets, batch, ranks):
+def check_batch(datasets, s, ranks):
     """Refuses a batch that cannot be drawn from the data sets or shared out to the ranks."""
+    batch = s.batch
     rows = sum(len(dataset.rows) for dataset in datasets)
     if not 1 <= batch <= rows:
         raise InputError(f"batch: expected at most {rows}, the rows there are, got {batch}")
     if batch % ranks != 0:
         raise InputError(f"batch: expected a multiple of the {ranks} ranks, got {batch}")
+    schedule([len(dataset.rows) for dataset in datasets], s, 0)
 
 
 @functools.lru_cache(maxsize=4)
