@@ -66,7 +66,7 @@ def weights(cell):
 def test_a_grid_of_real_commands(declared, monkeypatch, capsys):
     table = run_grid(monkeypatch, capsys)
     assert all(f"| {cell} " in table for cell in ("mined", "pruned", "recovered"))
-    runs = sorted(Path("runs/ablations/runs").iterdir())
+    runs = sorted(path for path in Path("runs/ablations/runs").iterdir() if path.is_dir())
     assert len(runs) == 1 + 2 + 1 + 1  # mined; stages 1 and 2; pruned; recovered
 
     pruned, recovered = weights("pruned"), weights("recovered")

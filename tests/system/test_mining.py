@@ -36,7 +36,7 @@ def test_signals(tmp_path, number):
     process.send_signal(number)
     _, err = process.communicate()
     assert process.returncode == 130
-    assert err.splitlines()[-1] == "stopped: the same command goes on"
+    assert err.splitlines()[-1] == "stopped; the same command goes on"
     assert "Traceback" not in err
     before = mine_scale.shard_times(tmp_path)
     assert len(list((tmp_path / "cache/maps").iterdir())) == len(before) < 20
