@@ -312,3 +312,17 @@ def test_inference_mode(base):
     with torch.no_grad():
         latent_weight(outside).mul_(300)
     assert gap(outside.encode(TEXTS, TASK), changed) == 0
+
+
+@pytest.mark.slow
+def test_one_compilation_serves_all_blocks(base):
+    """The same number of graphs for one block and for three: a deep model compiles no longer."""
+    graphs = []
+    for layers in (1, 3):
+        torch._dynamo.reset()
+        before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        model = NVEmbed.from_pretrained(base)
+        model.embedding_model.layers = model.embedding_model.layers[:layers]
+        model.compile_blocks().encode(TEXTS, TASK)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"] - before)
+    assert graphs[0] == graphs[1] > 0
