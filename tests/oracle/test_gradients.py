@@ -77,6 +77,7 @@ def test_compiled_gradient_is_the_eager_one(base):
     batch = a_batch(NVEmbed.from_pretrained(base), tangled_rows(2), s)
     found = []
     for compiled in (False, True):
+        torch._dynamo.reset()  # what other tests compiled would serve here too
         torch._dynamo.utils.counters.clear()
         torch.manual_seed(0)
         model = trainable(base, settings(temperature=0.2, compile=compiled))
