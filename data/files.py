@@ -6,6 +6,7 @@ No torch here. data/rows.py knows the rows of training.
 import codecs
 import contextlib
 import fcntl
+import functools
 import glob
 import gzip
 import hashlib
@@ -83,10 +84,18 @@ def beside(path, ending):
     return Path(path).with_name(f"{stem}.{ending}")
 
 
+def sha256(path):
+    """A file's SHA-256 in 64 hexadecimal digits."""
+    content = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in iter(functools.partial(file.read, 2**20), b""):
+            content.update(block)
+    return content.hexdigest()
+
+
 def digest(path):
     """First 16 digits of a file's SHA-256."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return sha256(path)[:16]
 
 
 def check_outputs(outputs, inputs):

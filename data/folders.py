@@ -4,7 +4,6 @@ A folder is a Mistral, Llama, Qwen2 or 3 base, NV-Embed-v1 or v2, a model saved 
 a PEFT adapter. What would be computed otherwise than by its authors' code is refused.
 """
 
-import functools
 import hashlib
 import importlib.metadata
 import json
@@ -20,7 +19,8 @@ from huggingface_hub import save_torch_state_dict, snapshot_download
 from tokenizers import Tokenizer
 
 from data.commands import InputError, check_ranges, one_line, optional_package
-from data.files import locked, read_json, remove_abandoned, renamed, share, write_json
+from data.files import locked, read_json, remove_abandoned, renamed, sha256, share
+from data.files import write_json
 
 FAMILIES = ("mistral", "llama", "qwen2", "qwen3", "bidir_mistral")
 QUERY_TEMPLATE = "Instruct: {instruction}\nQuery: "  # the paper's; Qwen3-Embedding's has no space
@@ -79,11 +79,7 @@ def content_hash(folder):
     """What a model is, in 16 digits: the names and the bytes of its files."""
     digests = []
     for path in model_files(folder):
-        digest = hashlib.sha256()
-        with open(path, "rb") as file:
-            for block in iter(functools.partial(file.read, 2**20), b""):
-                digest.update(block)
-        digests.append((path.name, digest.hexdigest()))
+        digests.append((path.name, sha256(path)))
     return hashlib.sha256(str(digests).encode()).hexdigest()[:16]
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.commands import InputError
-from data.files import bare, cache, open_lines, parse_object, reading, renamed
+from data.files import bare, cache, open_lines, parse_object, reading, renamed, sha256
 
 FIELDS = ("query", "pos", "neg", "prompt", "pos_scores", "neg_scores")
 # What other tools write beside them: ids, FlagEmbedding's type of a row, where it comes from.
@@ -243,8 +243,7 @@ def plain_file(path):
     """A file of lines, open; of a .gz its content, unpacked once into the cache."""
     if not str(path).endswith(".gz"):
         return open(path, "rb")
-    with open(path, "rb") as packed:
-        name = hashlib.file_digest(packed, "sha256").hexdigest()[:32]
+    name = sha256(path)[:32]
     unpacked = cache() / "rows" / f"{name}.jsonl"
     try:
         if not unpacked.exists():

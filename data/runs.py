@@ -27,7 +27,7 @@ from data import card
 from data.base import resolve
 from data.commands import InputError, optional_package
 from data.files import check_fields, locked, read_json, renamed, share
-from data.folders import local_folder, read_tensors
+from data.folders import WEIGHTS, local_folder, read_tensors
 from data.ranks import all_reduce, print0, rank, world_size
 from data.sampling import schedule
 
@@ -36,8 +36,7 @@ from data.sampling import schedule
 WRITTEN = re.compile(  # what a run writes, all that --restart removes
     r"finished|latest|log\.jsonl|adapter|README\.md|(step|kept)_\d{6,}"
     r"|(config|modules|tokenizer|tokenizer_config|special_tokens_map)\.json"
-    r"|config_sentence_transformers\.json"
-    r"|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+    r"|config_sentence_transformers\.json|" + WEIGHTS.pattern
 )
 
 

@@ -49,9 +49,7 @@ def check_length(max_length, c):
     """max_length, checked against a Config; None is the config's own."""
     if max_length is None:
         return c.max_seq_length
-    if max_length not in range(1, c.max_position_embeddings + 1):
-        expected = f"expected from 1 to {c.max_position_embeddings}, which the model can read"
-        raise InputError(f"max_length: {expected}, got {max_length}")
+    check_from_1("max_length", max_length, c.max_position_embeddings, "which the model can read")
     return max_length
 
 
@@ -59,10 +57,14 @@ def check_dims(dims, c):
     """How many numbers of a vector are used, checked against a Config; None is all of them."""
     if dims is None:
         return c.hidden_size
-    if dims not in range(1, c.hidden_size + 1):
-        expected = f"expected from 1 to {c.hidden_size}, the width of a vector"
-        raise InputError(f"dims: {expected}, got {dims}")
+    check_from_1("dims", dims, c.hidden_size, "the width of a vector")
     return int(dims)
+
+
+def check_from_1(name, value, most, what):
+    """Refuses what is no whole number from 1 to `most`; `what` says what that is."""
+    if value not in range(1, most + 1):
+        raise InputError(f"{name}: expected from 1 to {most}, {what}, got {value}")
 
 
 # ---- long texts

@@ -10,14 +10,7 @@ from data.commands import InputError
 from data.machine import bytes_a_token, fitting_tokens
 
 GIB = 2**30
-MISTRAL = {
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-}
+MISTRAL = references.FULL
 SMOLLM2 = {
     "vocab_size": 49152,
     "hidden_size": 576,
@@ -30,7 +23,7 @@ SMOLLM2 = {
 
 def on_meta(shape, lora_rank=16):
     """A model of that shape as train.py builds it for a GPU, without memory."""
-    config = nvembed.Config(eos_token_id=2, bos_token_id=1, **shape)
+    config = nvembed.Config(**({"eos_token_id": 2, "bos_token_id": 1} | shape))
     with torch.device("meta"):
         model = nvembed.NVEmbed(config, references.tiny_tokenizer(), torch.bfloat16)
         model.requires_grad_(False).to(torch.bfloat16)
