@@ -308,20 +308,18 @@ def attend(q, k, v, lengths, causal, window=None):
     if has_varlen_kernel(q):
         return attend_varlen(q, k, v, lengths, causal, window)
 
+    # On CPUs in fp32: oneDNN keeps every kernel that it makes for bf16 products, one for each length.
     # Neighbours of equal length are computed at once: `pack` sorts texts by length.
     groups = [list(equal) for _, equal in itertools.groupby(lengths)]
     sizes = [sum(group) for group in groups]
-    parts = zip(q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
-    # SDPA's bf16 backward pass on CPUs takes five times as long as that of matrix products, whose
-    # (T, T) scores are small enough up to 1,024 tokens.
-    bf16_step = q.dtype == torch.bfloat16 and not q.is_cuda and torch.is_grad_enabled()
+    dtype = q.dtype if q.is_cuda else torch.promote_types(q.dtype, torch.float32)
+    parts = zip(*[x.to(dtype).split(sizes) for x in (q, k, v)], strict=True)
     out = []
     for group, part in zip(groups, parts, strict=True):
         length = group[0]
-        kernel = attend_products if bf16_step and length <= 1024 else attend_sdpa
-        qkv = [x.unflatten(0, (-1, length)).transpose(1, 2) for x in part]  # (n, H or G, T, K)
-        out.append(kernel(*qkv, causal, window).transpose(1, 2).flatten(0, 1))
-    return torch.cat(out)
+        texts = [x.unflatten(0, (-1, length)).transpose(1, 2) for x in part]  # (n, H or G, T, K)
+        out.append(attend_sdpa(*texts, causal, window).transpose(1, 2).flatten(0, 1))
+    return torch.cat(out).to(q.dtype)
 
 
 def has_varlen_kernel(q):
@@ -354,22 +352,6 @@ def attend_sdpa(q, k, v, causal, window):
     mask = causal_mask(q.shape[2], window, q.device) if window else None
     plain_causal = causal and mask is None  # needs no mask in memory
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=plain_causal, enable_gqa=True)
-
-
-def attend_products(q, k, v, causal, window):
-    """The same by matrix products.
-
-    The H / G query heads that share a key-value head are stacked as rows of one matrix.
-    """
-    n, heads, length, width = q.shape
-    shared = heads // k.shape[1]  # H / G
-    q = (q * width**-0.5).reshape(-1, shared * length, width)  # (n G, (H / G) T, K)
-    scores = q @ k.flatten(0, 1).mT  # (n G, (H / G) T, T)
-    if causal:
-        mask = causal_mask(length, window, q.device).repeat(shared, 1)
-        scores = scores.masked_fill(~mask, -torch.inf)
-    out = scores.softmax(dim=-1) @ v.flatten(0, 1)
-    return out.view(n, heads, length, width)
 
 
 def causal_mask(length, window, device):
@@ -619,13 +601,26 @@ class NVEmbed(nn.Module):
 
     def forward(self, tokens, folded=None):
         """B Tokens, as one packed batch -> unit vectors (B, D), fp32."""
+        texts = len(tokens)  # B
+        tokens = tokens + self.padding(tokens)
         lengths = tuple(len(text.ids) for text in tokens)
         ids = torch.from_numpy(np.concatenate([text.ids for text in tokens])).to(self.device)
         hidden = self.embedding_model(ids, lengths, self.dtype)  # (S, D)
         if self.config.pooling in ("latent", "self"):
             hidden = self.latent_attention_model(hidden, lengths, folded)
         hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-        return F.normalize(pool(hidden, tokens, self.config.pooling), dim=-1)
+        return F.normalize(pool(hidden, tokens, self.config.pooling)[:texts], dim=-1)
+
+    def padding(self, tokens):
+        """A text that rounds the size of a batch to five binary digits, where that bounds memory.
+
+        On CPUs oneDNN keeps a kernel for each size in bf16 that a product had, 7 MB and more.
+        """
+        size = sum(len(text.ids) for text in tokens)
+        missing = -size % 2 ** max(size.bit_length() - 5, 0)
+        if not missing or self.device.type != "cpu" or self.dtype != torch.bfloat16:
+            return []
+        return [Tokens([self.config.eos_token_id] * missing, 0)]
 
     def tokenize(self, texts, instruction="", max_length=None):
         """The function `tokenize` with this model's tokenizer and config."""
