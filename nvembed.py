@@ -33,7 +33,7 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data import folders, sentence
+from data import folders, graphs, sentence
 from data.commands import Flags, InputError, check_ranges, one_line, run_command
 from data.files import ROOT, check_types, read_json
 from data.quantize import check_plain, quantize_weights
@@ -308,7 +308,7 @@ def attend(q, k, v, lengths, causal, window=None):
     if has_varlen_kernel(q):
         return attend_varlen(q, k, v, lengths, causal, window)
 
-    # On CPUs in fp32: oneDNN keeps every kernel that it makes for bf16 products, one for each length.
+    # On CPUs in fp32: for bf16 products oneDNN makes, and keeps, kernels for every length.
     # Neighbours of equal length are computed at once: `pack` sorts texts by length.
     groups = [list(equal) for _, equal in itertools.groupby(lengths)]
     sizes = [sum(group) for group in groups]
@@ -349,15 +349,14 @@ def cumulative_lengths(lengths, device):
 
 def attend_sdpa(q, k, v, causal, window):
     """q (n, H, T, K), k and v (n, G, T, K) of n texts of equal length -> (n, H, T, K)."""
-    mask = causal_mask(q.shape[2], window, q.device) if window else None
+    mask = window_mask(q.shape[2], window, q.device) if window else None
     plain_causal = causal and mask is None  # needs no mask in memory
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=plain_causal, enable_gqa=True)
 
 
-def causal_mask(length, window, device):
+def window_mask(length, window, device):
     """(T, T) bool: a row is a token, True where it sees another one."""
-    mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    return mask.triu(1 - window) if window else mask
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril().triu(1 - window)
 
 
 # ---- decoder
@@ -445,6 +444,9 @@ class Decoder(nn.Module):
     def forward(self, ids, lengths, dtype):
         x = self.embed_tokens(ids).to(dtype)  # (S, D)
         rope = rope_tables(self.config, lengths, ids.device, dtype)
+        return self.states(x, rope, lengths)
+
+    def states(self, x, rope, lengths):
         for block in self.layers:
             x = block(x, rope, lengths)
         return self.norm(x)
@@ -601,15 +603,14 @@ class NVEmbed(nn.Module):
 
     def forward(self, tokens, folded=None):
         """B Tokens, as one packed batch -> unit vectors (B, D), fp32."""
-        texts = len(tokens)  # B
-        tokens = tokens + self.padding(tokens)
-        lengths = tuple(len(text.ids) for text in tokens)
-        ids = torch.from_numpy(np.concatenate([text.ids for text in tokens])).to(self.device)
+        packed = tokens + self.padding(tokens)
+        lengths = tuple(len(text.ids) for text in packed)
+        ids = torch.from_numpy(np.concatenate([text.ids for text in packed])).to(self.device)
         hidden = self.embedding_model(ids, lengths, self.dtype)  # (S, D)
         if self.config.pooling in ("latent", "self"):
             hidden = self.latent_attention_model(hidden, lengths, folded)
         hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-        return F.normalize(pool(hidden, tokens, self.config.pooling)[:texts], dim=-1)
+        return F.normalize(pool(hidden, packed, self.config.pooling)[: len(tokens)], dim=-1)
 
     def padding(self, tokens):
         """A text that rounds the size of a batch to five binary digits, where that bounds memory.
@@ -700,6 +701,11 @@ class NVEmbed(nn.Module):
             attention.project = torch.compile(attention.project, dynamic=True)
             for part in (block.input_layernorm, block.post_attention_layernorm, block.mlp):
                 part.forward = torch.compile(part.forward, dynamic=True)
+        return self
+
+    def replay_queries(self):
+        """On a GPU, replays the decoder's kernels for batches of few tokens (data/graphs.py)."""
+        self.embedding_model.states = graphs.Replay(self.embedding_model, cumulative_lengths)
         return self
 
     @classmethod

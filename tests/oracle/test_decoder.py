@@ -185,7 +185,7 @@ def test_attend_equals_plain_attention(causal, window):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("window", [None, 5])
 def test_attend_of_a_bf16_step_and_its_gradient(causal, window):
-    """On CPUs it is computed in fp32: equal to fp64 but for the rounding of what goes in and out."""
+    """On CPUs it is computed in fp32: what goes in and out alone is rounded."""
     generator = torch.Generator().manual_seed(0)
     qkv = [x.bfloat16() for x in random_qkv(generator)]
     upstream = torch.randn(30, 4, 16, generator=generator)
