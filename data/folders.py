@@ -22,6 +22,7 @@ from data.commands import InputError, check_ranges, one_line, optional_package
 from data.files import locked, read_json, remove_abandoned, renamed, sha256, share
 from data.files import write_json
 
+DTYPES = ("float32", "bfloat16", "float16")  # of saved weights; oracles compute in float64 too
 FAMILIES = ("mistral", "llama", "qwen2", "qwen3", "bidir_mistral")
 QUERY_TEMPLATE = "Instruct: {instruction}\nQuery: "  # the paper's; Qwen3-Embedding's has no space
 LATENT_FIELDS = {  # our name -> the name in NV-Embed's latent_attention_config
@@ -51,12 +52,10 @@ def local_folder(path):
 
 def torch_dtype(dtype):
     """torch.float32 or "float32" -> torch.float32, and the like."""
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype, None)
-    known = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    if dtype not in known:
-        raise InputError(f"dtype: expected one of {known}, got {dtype}")
-    return dtype
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if found not in [getattr(torch, name) for name in (*DTYPES, "float64")]:
+        raise InputError(f"dtype: expected one of {DTYPES}, got {dtype!r}")
+    return found
 
 
 def model_files(folder):

@@ -38,12 +38,12 @@ import train
 from data.base import resolve
 from data.commands import Flags, InputError, run_command
 from data.files import write_json
+from data.folders import DTYPES, torch_dtype
 from data.recipes import read_recipe
 from data.sampling import draw_rows, known_positives, read_datasets, schedule
 
 DEFAULT_MODEL = "runs/stage2"
 MARK = "compress.json"  # what this command wrote, and how
-DTYPES = ("float32", "bfloat16", "float16")
 SOLVER_COLUMNS = 128  # of a block in SparseGPT's algorithm 1, where they are called B and B_s
 DAMPING = 0.01  # added to the diagonal of H, in units of its mean, as in GPTQ (section 3.3)
 BATCH_TOKENS = 16384
@@ -317,12 +317,6 @@ def check_arguments(args):
         raise InputError(f"--out {out}: {expected}, found {content[0]}")
     if args.prune == "none" and args.drop_blocks == 0:
         raise InputError("--prune none: expected --drop-blocks, or nothing is compressed")
-
-
-def torch_dtype(name):
-    if name not in DTYPES:
-        raise InputError(f"dtype: expected one of {DTYPES}, got {name!r}")
-    return getattr(torch, name)
 
 
 def load(name, dtype):

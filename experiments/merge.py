@@ -37,9 +37,8 @@ from data.base import resolve
 from data.card import PROMPTS
 from data.commands import Flags, InputError, run_command
 from data.files import locked, read_json, write_json
-from data.folders import content_hash, local_folder, read_weights
+from data.folders import DTYPES, content_hash, local_folder, read_weights
 
-DTYPES = ("float32", "bfloat16", "float16")
 FREE = ("max_position_embeddings", "max_seq_length")  # the first model's; no vector depends on them
 PARALLEL = 1e-3  # the sine of an angle below which slerp and the mean are the same in fp32
 
