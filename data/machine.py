@@ -1,11 +1,13 @@
 """The machine a run is on: what it is, how fast, and how much memory the run takes."""
 
 import math
+import os
 import platform
 import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -94,7 +96,9 @@ def peak_memory_gib():
 
 # ---- memory of a micro-batch
 
-CPU_TOKENS = 8192  # of a micro-batch on a CPU
+CPU_TOKENS = 8192  # of a micro-batch on a CPU, at most
+CPU_SHARE = 0.6  # of a machine's memory, for a run; the rest is other programs'
+CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 RESERVE = 0.06  # share of a GPU's memory that is left to kernels and to fragmentation
 
 
@@ -103,10 +107,27 @@ def choose_micro_tokens(model, s):
     if s.micro_tokens:
         return s.micro_tokens
     if model.device.type == "cpu":
-        return max(CPU_TOKENS, s.max_length)
-    free, total = torch.cuda.mem_get_info(model.device)
-    (tokens,) = all_reduce([fitting_tokens(model, s, free, total)], dist.ReduceOp.MIN)
+        total = CPU_SHARE * cpu_memory()
+        free = total - sum(local_bytes(parameter) for parameter in model.parameters())
+        tokens = min(room_in_tokens(model, s, free, total), CPU_TOKENS)
+        tokens = max(tokens, s.max_length)  # a machine that is too small can still swap
+    else:
+        free, total = torch.cuda.mem_get_info(model.device)
+        tokens = fitting_tokens(model, s, free, total)
+    (tokens,) = all_reduce([tokens], dist.ReduceOp.MIN)
     return int(tokens)
+
+
+def cpu_memory():
+    """Bytes of memory of the machine, or of the container, for each rank on it.
+
+    Not those that are free at the moment: a resumed run has the same micro-batches.
+    """
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if CONTAINER_LIMIT.exists():
+        limit = CONTAINER_LIMIT.read_text().strip()
+        total = min(total, int(limit)) if limit.isdigit() else total
+    return total / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def fitting_tokens(model, s, free, total):
@@ -114,6 +135,18 @@ def fitting_tokens(model, s, free, total):
 
     `free` bytes of `total` are left with the model's weights on the device.
     """
+    tokens = room_in_tokens(model, s, free, total)
+    if tokens < s.max_length:
+        advice = "shorter texts (--max-length) or more ranks"
+        if not s.recompute:
+            advice = f"--recompute, {advice}"
+        got = f"there is memory for {max(tokens, 0)}; what helps: {advice}"
+        raise InputError(f"micro_tokens: expected a text's {s.max_length} tokens to fit, {got}")
+    return tokens
+
+
+def room_in_tokens(model, s, free, total):
+    """The tokens whose graph fits beside the model, below 0 where the model does not fit itself."""
     size = model.dtype.itemsize
     blocks = model.embedding_model.layers
     trained = sum(local_bytes(p) for p in model.parameters() if p.requires_grad)
@@ -123,14 +156,7 @@ def fitting_tokens(model, s, free, total):
     if world_size() > 1:  # FSDP gathers a block while the one before is in use
         weights += 3 * sum(p.numel() * p.element_size() for p in blocks[0].parameters())
     room = free - weights - RESERVE * total
-    tokens = int(room / bytes_a_token(model.config, size, s.recompute))
-    if tokens < s.max_length:
-        advice = "shorter texts (--max-length) or more ranks"
-        if not s.recompute:
-            advice = f"--recompute, {advice}"
-        got = f"there is memory for {max(tokens, 0)}; what helps: {advice}"
-        raise InputError(f"micro_tokens: expected a text's {s.max_length} tokens to fit, {got}")
-    return tokens
+    return int(room / bytes_a_token(model.config, size, s.recompute))
 
 
 def local_bytes(parameter):

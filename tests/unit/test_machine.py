@@ -6,6 +6,7 @@ import torch
 
 import nvembed
 import train
+from data import machine
 from data.commands import InputError
 from data.machine import bytes_a_token, fitting_tokens
 
@@ -78,6 +79,40 @@ def test_where_not_one_text_fits(recompute):
         fitting_tokens(model, train.Settings(recompute=recompute), free, total)
     assert ("--recompute" in str(found.value)) is not recompute
     assert "--max-length" in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("gib", "dtype", "least", "most"),
+    [
+        (8, torch.float32, 2000, 2600),  # a laptop: the default recipe's 5,000 in three parts
+        (16, torch.float32, 5000, 6000),
+        (8, torch.bfloat16, 4800, 6000),
+        (64, torch.float32, 8192, 8192),
+        (1, torch.float32, 64, 64),
+    ],
+)
+def test_memory_decides_on_cpus_too(gib, dtype, least, most, monkeypatch):
+    model = on_meta(SMOLLM2)
+    model.embedding_model.to(dtype)
+    model.dtype = dtype
+    monkeypatch.setattr(nvembed.NVEmbed, "device", torch.device("cpu"))
+    monkeypatch.setattr(machine, "cpu_memory", lambda: gib * GIB)
+    s = train.Settings(max_length=64)
+    assert least <= machine.choose_micro_tokens(model, s) <= most
+    s.micro_tokens = 100
+    assert machine.choose_micro_tokens(model, s) == 100
+
+
+def test_memory_of_a_container_and_of_ranks(monkeypatch, tmp_path):
+    whole = machine.cpu_memory()
+    assert 2**28 < whole < 2**46
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert machine.cpu_memory() == whole / 4
+    monkeypatch.setattr(machine, "CONTAINER_LIMIT", tmp_path / "memory.max")
+    (tmp_path / "memory.max").write_text("268435456\n")
+    assert machine.cpu_memory() == 2**26
+    (tmp_path / "memory.max").write_text("max\n")
+    assert machine.cpu_memory() > 2**26
 
 
 def test_a_model_of_which_all_is_trained():
