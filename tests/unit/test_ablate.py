@@ -31,7 +31,7 @@ def test_every_cell_is_used_and_every_grid_is_there():
     grids = DECLARED["grids"]
     assert list(grids) == [
         *("pooling", "stages", "labels", "mining", "data"),
-        *("false-negatives", "matryoshka", "compression"),
+        *("false-negatives", "matryoshka", "stage2", "compression"),
     ]
     entries = {entry for grid in grids.values() for entry in grid}
     assert {entry.split(":")[0] for entry in entries} == set(DECLARED["cells"])
