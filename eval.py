@@ -90,6 +90,7 @@ class Encoder(AbsEncoder):
     @property
     @functools.lru_cache(maxsize=1)  # only the last encoder's model stays in memory
     def model(self):
+        Encoder.model.fget.cache_clear()  # before the next one is loaded
         path = str(self.folder)
         if self.is_peer:
             peer = mteb.SentenceTransformerEncoderWrapper

@@ -67,6 +67,7 @@ Teacher = namedtuple("Teacher", "folder digest max_length dtype")
 @functools.lru_cache(maxsize=1)  # one model in memory at a time
 def load_teacher(teacher):
     """Loads a model -> encode(texts, tasks), which returns unit rows (B, D) in fp32."""
+    load_teacher.cache_clear()  # before the next one is loaded
     if folders.is_sentence_transformer(teacher.folder):
         from sentence_transformers import SentenceTransformer
 
@@ -242,7 +243,8 @@ def rescore(queries, candidates, shards, k, memory):
     scores = np.full(candidates.shape, -np.inf, np.float32)
     real = candidates >= 0
     rows = np.nonzero(real)[0]
-    scores[real] = inner_products(queries, rows, shards, candidates[real], memory)
+    if real.any():  # an approximate index may find nothing
+        scores[real] = inner_products(queries, rows, shards, candidates[real], memory)
     order = np.lexsort((candidates, -scores))[:, :k]
     return tuple(np.take_along_axis(found, order, axis=1) for found in (scores, candidates))
 

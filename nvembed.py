@@ -210,14 +210,10 @@ def lora_low(x, dropout, *layers):
     adapted = [layer for layer in layers if layer.r]
     if not adapted:
         return [None] * len(layers)
-    a = adapted[0].lora_A
-    if len(adapted) > 1:
-        a = torch.cat([layer.lora_A for layer in adapted])
-    low = F.linear(dropout(x), (a * adapted[0].lora_scale).to(x.dtype))  # (S, n r)
-    if len(layers) == 1:
-        return [low]
-    parts = iter(low.split([layer.r for layer in adapted], dim=-1))
-    return [next(parts) if layer.r else None for layer in layers]
+    a = torch.cat([layer.lora_A for layer in adapted]) * adapted[0].lora_scale
+    low = F.linear(dropout(x), a.to(x.dtype))  # (S, n r)
+    lows = iter(low.split([layer.r for layer in adapted], dim=-1))
+    return [next(lows) if layer.r else None for layer in layers]
 
 
 class LoraDropout(nn.Module):
@@ -309,16 +305,15 @@ def attend(q, k, v, lengths, causal, window=None):
         return attend_varlen(q, k, v, lengths, causal, window)
 
     # On CPUs in fp32: for bf16 products oneDNN makes, and keeps, kernels for every length.
-    # Neighbours of equal length are computed at once: `pack` sorts texts by length.
-    groups = [list(equal) for _, equal in itertools.groupby(lengths)]
-    sizes = [sum(group) for group in groups]
     dtype = q.dtype if q.is_cuda else torch.promote_types(q.dtype, torch.float32)
-    parts = zip(*[x.to(dtype).split(sizes) for x in (q, k, v)], strict=True)
+    # Neighbours of equal length are computed at once: `pack` sorts texts by length.
+    groups = [(length, len(list(equal))) for length, equal in itertools.groupby(lengths)]
+    sizes = [length * n for length, n in groups]
+    pieces = [x.to(dtype).split(sizes) for x in (q, k, v)]
     out = []
-    for group, part in zip(groups, parts, strict=True):
-        length = group[0]
-        texts = [x.unflatten(0, (-1, length)).transpose(1, 2) for x in part]  # (n, H or G, T, K)
-        out.append(attend_sdpa(*texts, causal, window).transpose(1, 2).flatten(0, 1))
+    for (length, _), *qkv in zip(groups, *pieces, strict=True):
+        qkv = [x.unflatten(0, (-1, length)).transpose(1, 2) for x in qkv]  # (n, H or G, T, K)
+        out.append(attend_sdpa(*qkv, causal, window).transpose(1, 2).flatten(0, 1))
     return torch.cat(out).to(q.dtype)
 
 
@@ -331,10 +326,10 @@ def has_varlen_kernel(q):
 
 def attend_varlen(q, k, v, lengths, causal, window):
     """q (S, H, K), k and v (S, G, K) -> (S, H, K), in one kernel."""
-    before = window - 1 if window else -1  # how many tokens back and ahead are seen, -1: all
-    ahead = 0 if causal else -1
+    before = window - 1 if window else -1  # how many tokens back and on are seen, -1: all
+    after = 0 if causal else -1
     ends, longest = cumulative_lengths(lengths, q.device), max(lengths)
-    options = {"window_size": (before, ahead)}
+    options = {"window_size": (before, after)}
     if "enable_gqa" in inspect.signature(varlen_attn).parameters:
         options["enable_gqa"] = True
     else:  # torch 2.11
@@ -342,7 +337,8 @@ def attend_varlen(q, k, v, lengths, causal, window):
     return varlen_attn(q, k, v, ends, ends, longest, longest, **options)
 
 
-@functools.lru_cache(maxsize=16)  # copied to the GPU once, not in each layer
+@functools.lru_cache(maxsize=1024)  # copied to the GPU once, not in each layer
+@torch.inference_mode(False)  # training may use it next
 def cumulative_lengths(lengths, device):
     return torch.tensor((0, *itertools.accumulate(lengths)), dtype=torch.int32, device=device)
 
@@ -603,7 +599,7 @@ class NVEmbed(nn.Module):
 
     def forward(self, tokens, folded=None):
         """B Tokens, as one packed batch -> unit vectors (B, D), fp32."""
-        packed = tokens + self.padding(tokens)
+        packed = [*tokens, *self.padding(tokens)]
         lengths = tuple(len(text.ids) for text in packed)
         ids = torch.from_numpy(np.concatenate([text.ids for text in packed])).to(self.device)
         hidden = self.embedding_model(ids, lengths, self.dtype)  # (S, D)
@@ -613,12 +609,13 @@ class NVEmbed(nn.Module):
         return F.normalize(pool(hidden, packed, self.config.pooling)[: len(tokens)], dim=-1)
 
     def padding(self, tokens):
-        """A text that rounds the size of a batch to five binary digits, where that bounds memory.
+        """In bf16 on CPUs: one more text, which nobody reads, so that batches have few sizes.
 
-        On CPUs oneDNN keeps a kernel for each size in bf16 that a product had, 7 MB and more.
+        oneDNN keeps a kernel, 7 MB and more, for each size that a product had. At most a sixteenth
+        is added.
         """
         size = sum(len(text.ids) for text in tokens)
-        missing = -size % 2 ** max(size.bit_length() - 5, 0)
+        missing = -size % 2 ** max(size.bit_length() - 5, 0)  # to five binary digits, then zeros
         if not missing or self.device.type != "cpu" or self.dtype != torch.bfloat16:
             return []
         return [Tokens([self.config.eos_token_id] * missing, 0)]
@@ -638,8 +635,8 @@ class NVEmbed(nn.Module):
         """Embeds B texts -> np.ndarray (B, D), fp32, unit rows, in the order of the texts.
 
         `instruction` and max_length as in `tokenize`. With `dims` the rows are the first so many
-        numbers of the vectors, of unit length again. A batch has batch_tokens tokens, by default
-        16,384 on GPUs and 2,048 on CPUs, whose caches it suits, or those of the longest text.
+        numbers of the vectors, of unit length again. A batch has at most batch_tokens tokens; the
+        default is 2,048 on CPUs, whose caches it suits, 16,384 on GPUs, or the longest text's.
         Beside the result, memory holds the tokens of a CHUNK; a thread makes the next ones.
         """
         texts, tasks = check_texts(texts, instruction)
@@ -676,7 +673,7 @@ class NVEmbed(nn.Module):
         """What `CrossAttention.fold` makes, for `encode`: in fp32, then cast. None without latents.
 
         It is kept from one call to the next until a weight's sum is another: sums cost a hundredth
-        of a fold, and see every way to change a weight, in place or not.
+        of a fold, and see practically every change of a weight, in place or not.
         """
         if self.config.pooling != "latent":
             return None
@@ -696,11 +693,13 @@ class NVEmbed(nn.Module):
         Where that fails, for instance without a C++ compiler, the code runs as it is.
         """
         torch._dynamo.config.suppress_errors = True
+        functions = (Attention.project, RMSNorm.forward, MLP.forward)
+        project, norm, mlp = [torch.compile(function, dynamic=True) for function in functions]
         for block in self.embedding_model.layers:
-            attention = block.self_attn
-            attention.project = torch.compile(attention.project, dynamic=True)
-            for part in (block.input_layernorm, block.post_attention_layernorm, block.mlp):
-                part.forward = torch.compile(part.forward, dynamic=True)
+            block.self_attn.project = functools.partial(project, block.self_attn)
+            block.mlp.forward = functools.partial(mlp, block.mlp)
+            for part in (block.input_layernorm, block.post_attention_layernorm):
+                part.forward = functools.partial(norm, part)
         return self
 
     def replay_queries(self):

@@ -111,7 +111,7 @@ class Batch:
     valid: torch.Tensor  # (B, L) bool, False pads a short list of negatives
     document_ids: torch.Tensor  # (B, L) text_ids
     positive_ids: torch.Tensor  # (B, P) text_ids of all known positives, padded with the first
-    scores: torch.Tensor  # (B, L) the documents' in the row, -inf for padding and where it has none
+    scores: torch.Tensor  # (B, L) the rows' pos_scores and neg_scores; -inf: none, or padding
     teacher: torch.Tensor | None = None  # the teacher's embeddings of `tokens`
 
 
@@ -162,6 +162,7 @@ def info_nce(q_bD, d_BLD, batch, s):
     is its column 0. Its negatives are all other columns of the batch or, without `in_batch`, its
     own hard negatives; never padding, nor a text that is a known positive of its query, nor one
     that is above its target by more than `false_negatives` (Qwen3-Embedding, arXiv 2506.05176).
+    The accuracy leaves such texts out too.
     """
     columns = d_BLD.shape[1]  # L
     cosines = q_bD @ d_BLD.flatten(0, 1).T  # (b, M)
@@ -176,7 +177,8 @@ def info_nce(q_bD, d_BLD, batch, s):
     use[torch.arange(len(target)), target] = True  # a known positive, and the one to find
     use, target = use.to(cosines.device), target.to(cosines.device)
     positive = cosines.gather(1, target[:, None])  # (b, 1)
-    use &= ~(cosines > positive + s.false_negatives)  # NaN is not above: it stays and is seen
+    # Not "<=": a NaN has to stay in use, so that `check_loss` sees it.
+    use &= ~(cosines > positive + s.false_negatives)
     scores = (cosines / s.temperature).masked_fill(~use, -torch.inf)
     accuracy = (scores.argmax(dim=1) == target).float().mean()
     return F.cross_entropy(scores, target), accuracy
@@ -216,8 +218,9 @@ def kd_loss(q_bD, d_BLD, batch, s):
     The teacher's are the row's pos_scores and neg_scores over kd_temperature, the student's are the
     cosines over temperature. The mean is over the rows of all ranks that have scores.
     """
-    teacher = (batch.scores / s.kd_temperature).softmax(dim=1).nan_to_num()  # (B, L), or a row of 0
-    rows = teacher.any(dim=1).sum().clamp(min=1)
+    scored = batch.scores[:, 0].isfinite()  # (B,) the others have no scores and teach nothing
+    teacher = (batch.scores / s.kd_temperature).softmax(dim=1).where(scored[:, None], 0)
+    rows = scored.sum().clamp(min=1)
     cosines = torch.einsum("bd,bld->bl", q_bD, d_BLD[batch.own_rows])  # (b, L)
     padding = ~batch.valid[batch.own_rows].to(cosines.device)
     # Not -inf, which times the teacher's 0 is NaN.
@@ -469,7 +472,7 @@ def train(run, init, datasets, s, device, teacher_name=None, tensorboard=None):
     s = replace(s, micro_tokens=choose_micro_tokens(model, s))  # of the memory that is left
     parameters = trained(model).values()
     optimizer = torch.optim.AdamW(parameters, s.lr, weight_decay=s.weight_decay, fused=True)
-    state = resume(run, settings, model, optimizer)
+    state = resume(run, settings, asdict(Settings()), model, optimizer)
     done, record = state["step"], state["record"]
     if done == s.steps and is_finished(run):
         print0(f"{run}: finished already; --restart trains it anew")
@@ -484,7 +487,8 @@ def train(run, init, datasets, s, device, teacher_name=None, tensorboard=None):
     began = time.perf_counter()
     try:
         with catch_signals():
-            for step in range(done, s.steps + 1):  # so many steps are whole
+            # `step` steps are done; `record` is the last one's, to be logged with held-out loss.
+            for step in range(done, s.steps + 1):
                 evaluate = step % s.eval_every == 0 or step == s.steps
                 if evaluate and record and "held_out_loss" not in record:
                     record |= held_out(model, datasets, s, positives)
@@ -566,10 +570,11 @@ def export(run, s, datasets, device):
     if s.lora_rank:
         nvembed.save_adapter(model, run / "adapter", resolve(base))
     model.save_pretrained(run, export_dtype)
-    merged = NVEmbed.from_pretrained(run, device, torch.float32)
+    merged = NVEmbed.from_pretrained(run, device, export_dtype)
+    merged.dtype = torch.float32
     cosine = (adapted * merged.encode(texts)).sum(axis=1).min()
     finish(run, s.steps, datasets, model.config.query_template)
-    saved = f"{run}: saved in {s.export_dtype}"
+    saved = f"{run}: saved in {str(export_dtype).removeprefix('torch.')}"
     print(f"{saved}; cosine of merged against adapted: lowest {cosine:.6f}")
 
 

@@ -4,6 +4,7 @@ The kernels of one query are done before the program has launched the next ones:
 26 ms for 64 tokens on an H100, which needs 5 to read the weights.
 """
 
+import functools
 import sys
 import threading
 from collections import OrderedDict
@@ -12,14 +13,16 @@ import torch
 
 MOST_TOKENS = 256  # of a batch that is replayed; a larger one keeps a GPU busy without
 MOST_GRAPHS = 64
+CAPTURING = threading.Lock()  # PyTorch allows one capture at a time in a process
 
 
 class Replay:
     """A decoder's `states` that replays a batch whose texts' lengths it has seen before.
 
     Equal to the plain function: the same kernels in the same order, on the weights' present values.
-    A graph knows where they lay and who sees whom, so it is made anew where that has changed. Large
-    batches, training and whatever cannot be captured take the plain function.
+    A graph holds the addresses of the weights and the mask. Its key names both, so a model that was
+    moved or changed gets another graph; old ones go when there are too many. Large batches,
+    training and whatever cannot be captured take the plain function.
 
     constants(lengths, device): a tensor that attention reads and that has to outlive the graph.
     """
@@ -28,7 +31,12 @@ class Replay:
         self.decoder = decoder
         self.constants = constants
         self.plain = type(decoder).states
-        self.__setstate__({})
+        self.forget()
+
+    def forget(self):
+        self.graphs = OrderedDict()  # what determines a graph: its replay; the latest is last
+        self.lock = threading.Lock()  # of the memory that a graph reads and writes
+        self.works = True
 
     def __getstate__(self):
         """Copies and pickles have no graphs."""
@@ -36,15 +44,14 @@ class Replay:
 
     def __setstate__(self, state):
         self.__dict__.update(state)
-        self.graphs = OrderedDict()  # what determines a graph: its replay; the latest is last
-        self.lock = threading.Lock()  # of the memory that a graph reads and writes
-        self.works = True
+        self.forget()
 
     def __call__(self, x, rope, lengths):
         """x (S, D), rope tables, lengths of the texts -> (S, D)."""
         if not self.works or not is_small(x) or self.decoder.training:
             return self.plain(self.decoder, x, rope, lengths)
-        key = (lengths, x.dtype, self.decoder.config.causal, places(self.decoder))
+        kind = (x.dtype, x.device, x.is_inference(), self.decoder.config.causal)
+        key = (lengths, kind, places(self.decoder))
         with self.lock:
             if key not in self.graphs:
                 try:
@@ -81,22 +88,29 @@ def places(module):
     return tuple(found)
 
 
+@functools.cache
+def side_stream(device):
+    """One for all captures: cuBLAS keeps a workspace for every stream that it has met."""
+    return torch.cuda.Stream(device)
+
+
 def capture(function, x):
     """A function of one CUDA tensor like x, as a graph -> what computes it by replay."""
     held = x.clone()
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
+    graph = torch.cuda.CUDAGraph()
+    aside, present = side_stream(x.device), torch.cuda.current_stream(x.device)
+    aside.wait_stream(present)
+    with CAPTURING, torch.cuda.stream(aside):  # its device too; left again after an error
         for _ in range(3):  # compiles, and chooses kernels
             function(held)
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        out = function(held)
+        with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
+            out = function(held)
+    present.wait_stream(aside)
 
     def replay(x):
         held.copy_(x)
         graph.replay()
         return out.clone()
 
+    replay.function = function  # the graph reads tensors that this one keeps
     return replay

@@ -4,6 +4,7 @@ import math
 import os
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -22,7 +23,9 @@ from data.ranks import all_reduce, world_size
 def describe_machine():
     """Versions, hardware and commit, for the head of a log."""
     git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    commit = ""
+    if shutil.which("git"):
+        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     device = platform.processor() or platform.machine()
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()

@@ -253,10 +253,11 @@ def load_checkpoint(folder, model, optimizer):
     load_tensors(optimizer_tensors(model, optimizer), folder / "optimizer.safetensors")
 
 
-def resume(run, settings, model, optimizer):
+def resume(run, settings, defaults, model, optimizer):
     """Restores a run's last checkpoint, if it has one -> its state: "step" and "record".
 
-    The record is the last step's, to be logged again; None in a checkpoint of an earlier version.
+    A setting that the run is older than had its default. The record is the last step's, to be
+    logged again; None in a checkpoint of an earlier version.
     """
     if not (run / "latest").exists():
         return {"step": 0, "record": {"step": 0}}
@@ -264,7 +265,7 @@ def resume(run, settings, model, optimizer):
     state = read_json(folder / "state.json")
     where = folder / "state.json"
     check_fields(state, {"step": int, "settings": dict, "base": str}, {"record": dict}, where)
-    check_same_run(run, state["settings"], settings)
+    check_same_run(run, defaults | state["settings"], settings)
     load_checkpoint(folder, model, optimizer)
     return {"record": None} | state
 
@@ -349,8 +350,8 @@ class RunLog:
         lines = [json.dumps(head)]
         if step >= 0 and path.exists():
             first, *rest = path.read_text().splitlines()
-            done = tuple(f'{{"step": {n},' for n in range(step + 1))
-            kept = [line for line in rest if line.startswith(done) and line.endswith("}")]
+            whole = [line for line in rest if line.startswith("{") and line.endswith("}")]
+            kept = [line for line in whole if json.loads(line)["step"] <= step]
             lines = [first, *kept]
         with renamed(path) as temporary:
             temporary.write_text("\n".join(lines) + "\n")

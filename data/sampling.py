@@ -208,7 +208,7 @@ def has_scores(row):
 
 
 def known_positives(datasets):
-    """The positives of all rows, held-out ones too -> KnownPositives."""
+    """The positives of all rows that are trained on or held out -> KnownPositives."""
     parts = []
     for dataset in datasets:
         parts += [dataset.rows, dataset.held_out]

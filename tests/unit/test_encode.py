@@ -112,6 +112,11 @@ def test_compiled_encode_is_the_eager_one(base):
         assert gap(model.encode(TEXTS, TASK, batch_tokens=batch_tokens), eager) <= 5e-6
     after = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert after > before  # control: it was compiled
+    other = copy.deepcopy(model)
+    for block in other.embedding_model.layers:
+        block.mlp.up_proj.weight.data *= 2
+    assert gap(other.encode(TEXTS, TASK), eager) > 1e-3  # a copy computes with its own weights
+    assert gap(model.encode(TEXTS, TASK), eager) <= 5e-6
 
 
 CAPABILITIES = (

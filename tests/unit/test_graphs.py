@@ -4,8 +4,12 @@ Without a GPU a stand-in takes the place of the capture: it records what is capt
 it at replay. With one, the graphs are real.
 """
 
+import contextlib
 import copy
+import gc
 import pickle
+import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -138,3 +142,40 @@ def test_on_a_cpu_nothing_is_captured(base):
     model = NVEmbed.from_pretrained(base).replay_queries()
     model.encode(QUERIES)
     assert not model.embedding_model.states.graphs
+
+
+def test_a_replay_keeps_what_its_graph_reads(monkeypatch):
+    """A graph knows addresses only: rope tables and lengths have to outlive the call."""
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    stubs = {
+        "Stream": lambda device: stream,
+        "current_stream": lambda device: stream,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
+        "graph": lambda graph, **options: contextlib.nullcontext(),
+    }
+    for name, stub in stubs.items():
+        monkeypatch.setattr(torch.cuda, name, stub)
+    read = torch.ones(3, 4)
+    alive = weakref.ref(read)
+    graphs.side_stream.cache_clear()
+    replay = graphs.capture(lambda x, read=read: x + read, torch.zeros(3, 4))
+    graphs.side_stream.cache_clear()
+    del read
+    gc.collect()
+    assert alive() is not None
+    assert (replay(torch.zeros(3, 4)) == 1).all()
+    del replay
+    gc.collect()
+    assert alive() is None  # control
+
+
+def test_inference_mode_has_graphs_of_its_own(models, captured):
+    _, replayed = models
+    tokens = replayed.tokenize(QUERIES[:1])
+    with torch.inference_mode():
+        replayed(tokens)
+    with torch.no_grad():
+        replayed(tokens)
+    assert len(captured) == 2
+    replayed(tokens).sum()  # with gradients: what was kept may be saved for them
