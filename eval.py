@@ -28,8 +28,9 @@ from tqdm import tqdm
 
 from data.base import resolve
 from data.commands import Flags, InputError, one_line, run_command
+from data.dialects import check_pooling, content_hash, is_sentence_transformer
 from data.files import ROOT, read_json
-from data.folders import check_pooling, content_hash, is_sentence_transformer, local_folder
+from data.folders import local_folder
 from data.tasks import PERTURBED, find_tasks, instruction, score_task
 from nvembed import POOLINGS, NVEmbed, fast_dtype
 

@@ -36,7 +36,7 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from data import base, commands, files, folders, recipes
+from data import base, commands, dialects, files, folders, recipes
 from data.columns import data_entry
 from data.commands import InputError
 from data.corpus import Corpus, Mined, documents_and_tasks, positives_of, queries_and_tasks
@@ -68,7 +68,7 @@ Teacher = namedtuple("Teacher", "folder digest max_length dtype")
 def load_teacher(teacher):
     """Loads a model -> encode(texts, tasks), which returns unit rows (B, D) in fp32."""
     load_teacher.cache_clear()  # before the next one is loaded
-    if folders.is_sentence_transformer(teacher.folder):
+    if dialects.is_sentence_transformer(teacher.folder):
         from sentence_transformers import SentenceTransformer
 
         peer = SentenceTransformer(str(teacher.folder), device=DEVICE)  # it knows no tasks
@@ -452,8 +452,8 @@ def check_places(entries, args):
 
 def find_teacher(name, args):
     folder = folders.local_folder(base.resolve(name))
-    folders.check_pooling(folder)
-    return Teacher(folder, folders.content_hash(folder), args.max_length, args.dtype)
+    dialects.check_pooling(folder)
+    return Teacher(folder, dialects.content_hash(folder), args.max_length, args.dtype)
 
 
 def main():

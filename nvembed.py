@@ -33,7 +33,7 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data import folders, graphs, sentence
+from data import adapters, dialects, folders, graphs, peers, sentence
 from data.commands import Flags, InputError, check_ranges, one_line, run_command
 from data.files import ROOT, check_types, read_json
 from data.quantize import check_plain, quantize_weights
@@ -721,9 +721,9 @@ class NVEmbed(nn.Module):
         a latent layer that the wanted pooling does not use. What is fresh or dropped is printed.
         """
         folder, dtype = folders.local_folder(path), folders.torch_dtype(dtype)
-        if folders.is_adapter(folder):
-            base = folders.adapter_base(folder)
-            settings = folders.pooling_fields(folder, base) | settings
+        if adapters.is_adapter(folder):
+            base = adapters.adapter_base(folder)
+            settings = peers.pooling_fields(folder, base) | settings
             model = cls.from_pretrained(base, device, dtype, quantize, **settings)
             return load_adapter(model, folder).requires_grad_(False)
         config = read_config(folder, **settings)
@@ -796,24 +796,24 @@ def save_adapter(model, path, base):
     layer = next(iter(layers.values()))
     dropout = model.embedding_model.layers[0].mlp.dropout.p
     targets = sorted({name.split(".")[-1] for name in layers})
-    folders.write_adapter(path, state, base, layer.r, layer.lora_scale * layer.r, dropout, targets)
+    adapters.write_adapter(path, state, base, layer.r, layer.lora_scale * layer.r, dropout, targets)
 
 
 def load_adapter(model, folder):
     """Adds the LoRA adapter of a PEFT folder to a model; strict by name and shape."""
-    add_lora(model, *folders.adapter_settings(folder))
+    add_lora(model, *adapters.adapter_settings(folder))
     expected = {name: p for name, p in model.named_parameters() if ".lora_" in name}
-    model.load_state_dict(folders.read_adapter(folder, expected), strict=False)
+    model.load_state_dict(adapters.read_adapter(folder, expected), strict=False)
     return model
 
 
-# ---- files of a model; the dialects of config.json are in data/folders.py
+# ---- files of a model; the dialects of config.json are in data/dialects.py
 
 
 def read_config(folder, **settings):
     """config.json of a folder, some fields of it replaced by `settings` -> Config."""
-    values = folders.config_fields(folder, {field.name for field in fields(Config)})
-    folders.tell_changes(folder, values, settings)
+    values = dialects.config_fields(folder, {field.name for field in fields(Config)})
+    dialects.tell_changes(folder, values, settings)
     try:
         return Config(**(values | settings))
     except (TypeError, InputError) as error:  # a missing field, an unknown setting, a wrong type

@@ -14,8 +14,8 @@ if not __package__:  # python data/card.py: imports start at the project, not at
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from data.commands import Flags, InputError, run_command
+from data.dialects import content_hash
 from data.files import read_json, renamed, write_json
-from data.folders import content_hash
 
 PROMPTS = "config_sentence_transformers.json"
 MARK = "<!-- This card was written by nvembed: without this line it is never written over. -->"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from data import folders
+from data import folders, peers
 from data.commands import InputError
 from data.files import read_json, write_json
 from data.texts import check_length
@@ -27,7 +27,7 @@ PEER_SETTINGS = "config_sentence_transformers.json"
 @functools.cache
 def sentence_module(embedder):
     """The class `nvembed.SentenceModule`; embedder is NVEmbed, which this file does not import."""
-    folders.check_sentence_transformers("SentenceModule")
+    peers.check_sentence_transformers("SentenceModule")
     from sentence_transformers.base.modules import InputModule
 
     class SentenceModule(InputModule):

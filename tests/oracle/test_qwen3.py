@@ -14,7 +14,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from tokenizers.trainers import BpeTrainer
 
 import nvembed
-from data import folders
+from data import folders, peers
 from nvembed import NVEmbed
 
 SHAPE = {"head_dim": 24, "bos_token_id": None, "tie_word_embeddings": True}
@@ -108,11 +108,11 @@ def test_the_ids_are_the_tokenizers(folder):
 
 def test_two_templates_in_a_folder_are_refused(folder, tmp_path):
     write_json(tmp_path / "config_sentence_transformers.json", {"prompts": {"a": PROMPT + " "}})
-    found = folders.template_of_prompts(tmp_path, normalized=True)
+    found = peers.template_of_prompts(tmp_path, normalized=True)
     assert found == folders.QUERY_TEMPLATE
     prompts = {"a": PROMPT, "b": PROMPT + " ", "c": ""}
     write_json(tmp_path / "config_sentence_transformers.json", {"prompts": prompts})
-    message = error_of(folders.template_of_prompts, tmp_path, normalized=True)
+    message = error_of(peers.template_of_prompts, tmp_path, normalized=True)
     assert "one ending" in message
 
 

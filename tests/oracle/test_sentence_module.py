@@ -21,7 +21,7 @@ from tokenizers.processors import TemplateProcessing
 
 import eval as evaluation
 import nvembed
-from data import folders
+from data import dialects
 from data.sentence import instruction_of
 from data.tasks import find_tasks, instruction, score_task
 from nvembed import NVEmbed, SentenceModule
@@ -102,8 +102,8 @@ def test_every_pooling_and_mask(settings, base, tmp_path):
 
 
 def test_a_run_is_ours_and_no_peer(whole, tmp_path):
-    assert not folders.is_sentence_transformer(whole)
-    assert folders.model_files(whole)
+    assert not dialects.is_sentence_transformer(whole)
+    assert dialects.model_files(whole)
     names = {path.name for path in whole.iterdir()}
     assert {"modules.json", "config_sentence_transformers.json", "README.md"} <= names
     assert not list(whole.rglob("*.py"))
@@ -112,7 +112,7 @@ def test_a_run_is_ours_and_no_peer(whole, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     config["text_config"]["model_type"] = "bert"
     (folder / "config.json").write_text(json.dumps(config))
-    assert "'nvembed.SentenceModule'" in error_of(folders.is_sentence_transformer, folder)
+    assert "'nvembed.SentenceModule'" in error_of(dialects.is_sentence_transformer, folder)
 
 
 def test_prompts_are_whole_ones(peer):

@@ -13,7 +13,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from tokenizers import processors
 
-from data import folders
+from data import dialects, folders, peers
 from nvembed import NVEmbed
 
 TEXTS = ["the sun", "how do plants make food?", "x" * 40, "(7) 苹果 🍎\nend", "the river " * 90]
@@ -238,7 +238,7 @@ def test_layers_with_and_without_a_window(folder):
     edit(folder / "config.json", max_window_layers=2)
     assert "layer_types" in error_of(NVEmbed.from_pretrained, folder)
     edit(folder / "config.json", max_window_layers=3)
-    found = folders.config_fields(folder, {"sliding_window"})
+    found = dialects.config_fields(folder, {"sliding_window"})
     assert found["sliding_window"] is None
     edit(folder / "config.json", max_window_layers=0, is_causal=False)
     assert "without causal mask" in error_of(NVEmbed.from_pretrained, folder)
@@ -317,7 +317,7 @@ def peer_folder(tmp_path, tokenizer_json):
 
 
 def test_folders_that_name_code_are_refused(peer_folder, tmp_path, monkeypatch):
-    assert folders.is_sentence_transformer(peer_folder)  # control
+    assert dialects.is_sentence_transformer(peer_folder)  # control
     mark = tmp_path / "ran"
     (peer_folder / "evil.py").write_text(CODE.format(mark=str(mark)))
     path = peer_folder / "modules.json"
@@ -325,22 +325,22 @@ def test_folders_that_name_code_are_refused(peer_folder, tmp_path, monkeypatch):
     kinds = ("evil.Body", "sentence_transformersx.Body", "sentence_transformers.models.Router", 3)
     for kind in kinds:
         path.write_text(json.dumps([modules[0] | {"type": kind}, *modules[1:]]))
-        message = error_of(folders.is_sentence_transformer, peer_folder)
+        message = error_of(dialects.is_sentence_transformer, peer_folder)
         assert "modules.json" in message
         assert repr(kind) in message
     assert not mark.exists()
 
 
 def test_old_versions_of_sentence_transformers_are_refused(peer_folder, monkeypatch):
-    monkeypatch.setattr(folders.importlib.metadata, "version", lambda name: "5.4.0")
-    message = error_of(folders.is_sentence_transformer, peer_folder)
+    monkeypatch.setattr(peers.importlib.metadata, "version", lambda name: "5.4.0")
+    message = error_of(dialects.is_sentence_transformer, peer_folder)
     assert "expected sentence-transformers 6 or later, got 5.4.0" in message
 
 
 def test_all_of_a_folder_decides_its_vectors(make, tmp_path):
     """`model_files`, by which results and vectors are found again."""
     folder = make()[0]
-    names = {str(path.relative_to(folder)) for path in folders.model_files(folder)}
+    names = {str(path.relative_to(folder)) for path in dialects.model_files(folder)}
     assert {"config.json", "model.safetensors", "1_Pooling/config.json", "modules.json"} <= names
     assert np.isfinite(NVEmbed.from_pretrained(folder).encode(["a"])).all()
     assert torch.is_tensor(folders.read_weights(folder, None, None)["embedding_model.norm.weight"])

@@ -10,6 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import bench
+import bench_device
+import bench_tools
 import pytest
 import torch
 from conftest import ROOT
@@ -57,7 +59,7 @@ def rows(text):
 
 
 def test_tell_prints_the_ratio_of_medians_and_the_range_of_turns(capsys):
-    ratio = bench.tell("a", ">= 2", {"ours": [1.0, 2.0, 4.0], "peer": [3.0, 5.0, 4.0]}, "n")
+    ratio = bench_tools.tell("a", ">= 2", {"ours": [1.0, 2.0, 4.0], "peer": [3.0, 5.0, 4.0]}, "n")
     assert ratio == 2.0  # control: a mean of the turns' ratios would be 2.17
     assert rows(capsys.readouterr().out) == [("a", 2.0, 4.0, 2.0, 1.0, 3.0, ">= 2", "n")]
 
@@ -65,7 +67,7 @@ def test_tell_prints_the_ratio_of_medians_and_the_range_of_turns(capsys):
 def test_turns_alternate_and_forget_the_first_round():
     calls = []
     contest = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
-    seconds = bench.turns(contest, 3)
+    seconds = bench_tools.turns(contest, 3)
     assert "".join(calls) == "abababab"
     assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3}
 
@@ -80,9 +82,9 @@ def test_encode_against_sentence_transformers(monkeypatch, capsys):
 
 
 def test_other_embeddings_are_not_compared():
-    bench.same_direction(torch.tensor([[1.0, 0]]), torch.tensor([[2.0, 0]]))
+    bench_tools.same_direction(torch.tensor([[1.0, 0]]), torch.tensor([[2.0, 0]]))
     with pytest.raises(AssertionError, match="cosine"):
-        bench.same_direction(torch.tensor([[1.0, 0]]), torch.tensor([[1.0, 0.1]]))
+        bench_tools.same_direction(torch.tensor([[1.0, 0]]), torch.tensor([[1.0, 0.1]]))
 
 
 class OnCpu(TorchDispatchMode):
@@ -107,7 +109,7 @@ def meta_generator(monkeypatch):
 def test_random_weights_are_drawn_on_their_device(meta_generator):
     for device in ("meta", "cpu"):
         with OnCpu() as counted:
-            model = bench.random_model(TINY, torch.bfloat16, device=device, pooling="mean")
+            model = bench_tools.random_model(TINY, torch.bfloat16, device=device, pooling="mean")
         assert {p.device.type for p in model.parameters()} == {device}
         assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
         size = sum(p.numel() for p in model.parameters())
@@ -117,8 +119,10 @@ def test_random_weights_are_drawn_on_their_device(meta_generator):
 def test_the_peer_needs_no_disk(tmp_path):
     """sentence-transformers gets our weights, and what is written for it is small."""
     shape = (2, 256, 512, 4, 2, 1000, 16)
-    model = bench.random_model(shape, torch.float32, bench.own_tokenizer(1000), pooling="mean")
-    peer = bench.sentence_transformer(model, tmp_path)
+    model = bench_tools.random_model(
+        shape, torch.float32, bench_tools.own_tokenizer(1000), pooling="mean"
+    )
+    peer = bench_tools.sentence_transformer(model, tmp_path)
     sizes = [path.stat().st_size for path in tmp_path.rglob("*.safetensors")]
     assert 0 < sum(sizes) < 0.01 * 4 * sum(p.numel() for p in model.parameters())
     theirs = dict(peer[0].model.named_parameters())
@@ -128,7 +132,7 @@ def test_the_peer_needs_no_disk(tmp_path):
 
 @pytest.mark.slow
 def test_gpu_command_at_small_shape(monkeypatch, capsys):
-    monkeypatch.setitem(bench.SHAPES, "tiny", (2, 64, 128, 4, 2, 1000, 16))
+    monkeypatch.setitem(bench_tools.SHAPES, "tiny", (2, 64, 128, 4, 2, 1000, 16))
     bench.gpu(options(rounds=1))
     first, *table = capsys.readouterr().out.splitlines()
     assert "weights, peak" in first
@@ -140,7 +144,7 @@ def test_gpu_command_at_small_shape(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_lora_command_at_small_shape(monkeypatch, capsys):
-    monkeypatch.setitem(bench.SHAPES, "smollm2", TINY)
+    monkeypatch.setitem(bench_tools.SHAPES, "smollm2", TINY)
     few_rows = functools.partial(bench.question_batch, count=8)
     monkeypatch.setattr(bench, "question_batch", few_rows)
     bench.lora(options(rounds=1))
@@ -151,10 +155,10 @@ def test_lora_command_at_small_shape(monkeypatch, capsys):
 
 @pytest.mark.parametrize("plain", [False, True])
 def test_step_command_at_small_shape(plain, monkeypatch, capsys):
-    monkeypatch.setitem(bench.SHAPES, "tiny", (2, 64, 128, 4, 2, 1000, 16))
-    owner = bench.train.NVEmbed
+    monkeypatch.setitem(bench_tools.SHAPES, "tiny", (2, 64, 128, 4, 2, 1000, 16))
+    owner = bench_tools.train.NVEmbed
     monkeypatch.setattr(owner, "from_pretrained", owner.from_pretrained)  # `measure` replaces it
-    found = bench.measure(options(plain=plain))
+    found = bench_tools.measure(options(plain=plain))
     assert found["tokens"] == 8 * 3 * 16
     assert found["share_of_peak"] > 0
     assert found["peak_gib"] >= found["loaded_gib"] > 0
@@ -216,26 +220,28 @@ def counted_flops(function):
 def test_flops_a_token():
     """Against PyTorch's count of the products: 2 N a token to encode, 6 N a cached LoRA step."""
     shape = (2, 256, 768, 4, 2, 1000, 32)
-    model = bench.random_model(shape, torch.float32, bench.own_tokenizer(1000), pooling="mean")
-    weights = bench.weights_of(model)
+    model = bench_tools.random_model(
+        shape, torch.float32, bench_tools.own_tokenizer(1000), pooling="mean"
+    )
+    weights = bench_tools.weights_of(model)
     s = train.Settings(batch=4, negatives=1, max_length=16, micro_tokens=64, lora_rank=1)
-    batch = bench.random_batch(model, options(batch=4), s)
-    tokens = bench.count_tokens(batch.tokens)
+    batch = bench_tools.random_batch(model, options(batch=4), s)
+    tokens = bench_tools.count_tokens(batch.tokens)
     with torch.no_grad():
         encoded = counted_flops(lambda: model(batch.tokens)) / tokens
     assert encoded == pytest.approx(2 * weights, rel=0.05)
     nvembed.add_lora(model, 1, dropout=0.0)
     for plain, passes in ((False, 6), (True, 4)):
         step = functools.partial(train.backward, model.train(), batch, s, (0,), not plain)
-        claimed = bench.step_flops(model, batch, s, plain)
+        claimed = bench_tools.step_flops(model, batch, s, plain)
         assert claimed == pytest.approx(passes * weights, rel=0.02)
         assert counted_flops(step) / tokens == pytest.approx(claimed, rel=0.05)
 
 
 def test_flops_of_a_7b(meta_generator):
     """6.98e9 weights outside the embedding; the latent layer's 740 M are not counted."""
-    model = bench.random_model("mistral-7b", torch.bfloat16, device="meta")
-    assert bench.weights_of(model) == pytest.approx(6.98e9, rel=0.001)
+    model = bench_tools.random_model("mistral-7b", torch.bfloat16, device="meta")
+    assert bench_tools.weights_of(model) == pytest.approx(6.98e9, rel=0.001)
     s = train.Settings(micro_tokens=512)
     batch = SimpleNamespace(tokens=[nvembed.Tokens([3] * 512, 0)] * 2)
     assert train.flops_a_token(model, batch, s) == pytest.approx(6 * 6.98e9, rel=0.001)
@@ -249,7 +255,7 @@ def part_options(path, other="right"):
 
 
 def test_a_row_that_fails_costs_no_other(tmp_path, capsys):
-    part = bench.Part(part_options(tmp_path / "rows"))
+    part = bench_device.Part(part_options(tmp_path / "rows"))
 
     def fails(error):
         raise error
@@ -269,19 +275,19 @@ def test_a_row_that_fails_costs_no_other(tmp_path, capsys):
 
 
 def test_goals_are_compared():
-    assert bench.reaches(50000.0, ">= 50,000 tokens/s")
-    assert not bench.reaches(49999.0, ">= 50,000 tokens/s")
-    assert bench.reaches(7.9, "<= 8 ms")
-    assert not bench.reaches(1e-4, "<= 1e-5")
+    assert bench_device.reaches(50000.0, ">= 50,000 tokens/s")
+    assert not bench_device.reaches(49999.0, ">= 50,000 tokens/s")
+    assert bench_device.reaches(7.9, "<= 8 ms")
+    assert not bench_device.reaches(1e-4, "<= 1e-5")
 
 
 def test_a_part_that_hangs_is_ended(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "__file__", str(tmp_path / "hangs.py"))
+    monkeypatch.setattr(bench_device, "COMMAND", tmp_path / "hangs.py")
     source = "import subprocess, sys\nsubprocess.run([sys.executable, '-c', CODE])\n"
     code = f"import os, time; open(r'{tmp_path}/pid', 'w').write(str(os.getpid())); time.sleep(60)"
     (tmp_path / "hangs.py").write_text(f"CODE = {code!r}\n{source}")
     start = time.monotonic()
-    reason = bench.run_part("right", "tiny", tmp_path / "rows", 3)
+    reason = bench_device.run_part("right", "tiny", tmp_path / "rows", 3)
     assert time.monotonic() - start < 20
     assert reason == "over its 3 s"
     time.sleep(0.2)
@@ -289,10 +295,10 @@ def test_a_part_that_hangs_is_ended(tmp_path, monkeypatch):
     path = Path(f"/proc/{pid}/stat")
     assert not path.exists() or ") Z " in path.read_text()  # what it started ended too
     (tmp_path / "hangs.py").write_text("import sys; sys.exit(7)")
-    reason = bench.run_part("right", "tiny", tmp_path / "rows", 30)
+    reason = bench_device.run_part("right", "tiny", tmp_path / "rows", 30)
     assert reason == "its process ended with status 7"
-    assert bench.run_part("small step", "tiny", tmp_path / "rows", 30) == "no GPU"
-    assert bench.run_part("right", "tiny", tmp_path / "rows", -1) == "the 8 minutes are over"
+    assert bench_device.run_part("small step", "tiny", tmp_path / "rows", 30) == "no GPU"
+    assert bench_device.run_part("right", "tiny", tmp_path / "rows", -1) == "the 8 minutes are over"
 
 
 @pytest.mark.parametrize("dropped", [None, "mask"])
@@ -301,18 +307,18 @@ def test_attention_is_compared_with_fp64(dropped, monkeypatch):
     if dropped:
         right = nvembed.attend
         monkeypatch.setattr(nvembed, "attend", lambda *args: right(*args[:4], False, None))
-    worst = bench.check_attend(cpu, torch.float32)[0]
+    worst = bench_device.check_attend(cpu, torch.float32)[0]
     assert (worst > 0.1) if dropped else (worst < 1e-6)
 
 
 def test_gradients_are_compared(monkeypatch):
     cpu = torch.device("cpu")
-    assert bench.check_cached(cpu)[0] < 1e-6
+    assert bench_device.check_cached(cpu)[0] < 1e-6
     reseed = train.reseed
     monkeypatch.setattr(train, "reseed", lambda *key: None)  # control: other masks at each pass
-    assert bench.check_cached(cpu)[0] > 1e-3
+    assert bench_device.check_cached(cpu)[0] > 1e-3
     monkeypatch.setattr(train, "reseed", reseed)
-    assert bench.check_recompute(cpu)[0] < 1e-6
+    assert bench_device.check_recompute(cpu)[0] < 1e-6
 
 
 @pytest.mark.slow
@@ -324,9 +330,11 @@ def test_device_command_at_tiny_shape(tmp_path, monkeypatch, capfd):
     printed = capfd.readouterr().out
     head, empty, *table = out.read_text().splitlines()
     assert "`python tests/bench.py device --shape tiny`, commit `" in head
-    assert table[:2] == bench.HEAD.splitlines()
+    assert table[:2] == bench_device.HEAD.splitlines()
     cells = {line.split("|")[1].strip(): line for line in table[2:]}
-    rows_of_all = {what: row for _, part in bench.PARTS.values() for what, row in part.items()}
+    rows_of_all = {
+        what: row for _, part in bench_device.PARTS.values() for what, row in part.items()
+    }
     assert list(cells) == list(rows_of_all)
     for what, row in rows_of_all.items():
         now = cells[what].split("|")[3].strip()
@@ -339,8 +347,8 @@ def test_device_command_at_tiny_shape(tmp_path, monkeypatch, capfd):
 
 def test_the_document_has_the_rows_of_the_command():
     text = (ROOT / "tests/BENCH.md").read_text("utf-8")
-    assert bench.HEAD.splitlines()[0] in text
-    for _, part in bench.PARTS.values():
+    assert bench_device.HEAD.splitlines()[0] in text
+    for _, part in bench_device.PARTS.values():
         for what, row in part.items():
             (line,) = [line for line in text.splitlines() if line.startswith(f"| {what} |")]
             assert f"| {what} | {row.version_1} | " in line
@@ -390,9 +398,9 @@ def test_versus(other_checkout, capsys):
 
 
 def test_texts_are_the_shipped_ones():
-    texts = bench.texts_of(4000)
+    texts = bench_tools.texts_of(4000)
     assert len(texts) == 4000
     assert texts[0] == texts[3567]
     assert len(set(texts)) > 3500
     assert all(texts)
-    assert bench.base.ROOT == bench.ROOT
+    assert bench_tools.base.ROOT == bench_tools.ROOT

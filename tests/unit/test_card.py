@@ -10,7 +10,8 @@ from helpers import command, some_rows
 
 from data import card
 from data.commands import run_command
-from data.folders import QUERY_TEMPLATE, content_hash
+from data.dialects import content_hash
+from data.folders import QUERY_TEMPLATE
 from data.sampling import Dataset
 from nvembed import NVEmbed
 

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data.commands import run_command
-from data.folders import content_hash, read_weights
+from data.dialects import content_hash
+from data.folders import read_weights
 from experiments import ablate, merge
 from nvembed import NVEmbed
 

@@ -89,7 +89,7 @@ READ_ONLY = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
 from nvembed import NVEmbed
-from data.folders import content_hash
+from data.dialects import content_hash
 os.setuid(65534)  # nobody, who may not even read where Python is
 try:
     open(sys.argv[2] + "/new", "w")

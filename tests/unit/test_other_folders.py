@@ -10,7 +10,7 @@ from small_suite import error, suite  # noqa: F401
 import eval as evaluation
 import nvembed
 from data.commands import InputError
-from data.folders import adapter_base
+from data.adapters import adapter_base
 from nvembed import NVEmbed
 
 
