@@ -116,6 +116,18 @@ CHANGES = (
 )
 
 
+def test_a_run_that_is_older_than_a_setting_had_its_default(recipe, stopped, tmp_path):
+    run = shutil.copytree(stopped, tmp_path / "run")
+    path = checkpoint(run) / "state.json"
+    state = json.loads(path.read_text())
+    assert state["settings"].pop("false_negatives") == 2.0
+    path.write_text(json.dumps(state))
+    line = told(command(recipe, "--out", run, "--false-negatives", "0.1"))
+    assert "was begun with false_negatives = 2.0, now 0.1" in line
+    code, _, err = command(recipe, "--out", run, "--false-negatives", "2")  # control
+    assert code == 0, err
+
+
 def test_finished_runs_and_changed_settings(recipe, whole, tmp_path):
     run = shutil.copytree(whole, tmp_path / "run")
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}

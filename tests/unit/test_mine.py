@@ -3,17 +3,19 @@
 import argparse
 import errno
 import functools
+import gc
 import json
 import os
 import signal
 import sys
 import tracemalloc
+import weakref
 from pathlib import Path
 
-import mine
 import numpy as np
 import pytest
 
+import mine
 from data import commands
 from data.commands import InputError
 from data.corpus import Corpus, Mined
@@ -547,3 +549,29 @@ def test_a_place_that_cannot_be_written_is_one_line(here, monkeypatch, capsys, p
     assert not (here / "out/rows.jsonl").exists()
     mining(monkeypatch, "--data", "rows.jsonl", "--out", "out")  # control
     assert (here / "out/rows.jsonl").exists()
+
+
+def test_one_teacher_is_in_memory(monkeypatch):
+    """Two of 7B would not fit: the first has gone when the second is loaded."""
+
+    class Model:
+        def encode(self, texts, tasks, **options):
+            return texts
+
+    made, alive = [], []
+
+    def load(folder, *rest):
+        gc.collect()
+        alive.append(sum(model() is not None for model in made))
+        model = Model()
+        made.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(mine.NVEmbed, "from_pretrained", load)
+    monkeypatch.setattr(mine.dialects, "is_sentence_transformer", lambda folder: False)
+    for folder in ("one", "two", "one"):
+        teacher = mine.Teacher(folder, "", 512, "float32")
+        assert mine.load_teacher(teacher)(["a"], [""]) == ["a"]
+        assert mine.load_teacher(teacher) is mine.load_teacher(teacher)
+    mine.load_teacher.cache_clear()
+    assert alive == [0, 0, 0]
