@@ -195,7 +195,7 @@ def scan(queries, shards, n, memory):
     ids = torch.zeros_like(best, dtype=torch.int64)  # (Q, n)
     # a document takes its vector, twice as the heap frees it late, and its scores
     document_bytes = 2 * queries.element_size() * queries.shape[1] + 8 * len(queries)
-    size = max(1, memory // 4 // document_bytes)
+    size = max(1, memory // 5 // document_bytes)
     blocks = [block for shard in shards for block in shard.split(size)]
     first_id = 0
     for block in tqdm(blocks, desc="search"):

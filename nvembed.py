@@ -210,8 +210,8 @@ def lora_low(x, dropout, *layers):
     adapted = [layer for layer in layers if layer.r]
     if not adapted:
         return [None] * len(layers)
-    a = torch.cat([layer.lora_A for layer in adapted]) * adapted[0].lora_scale
-    low = F.linear(dropout(x), a.to(x.dtype))  # (S, n r)
+    a = torch.cat([layer.lora_A for layer in adapted]) if len(adapted) > 1 else adapted[0].lora_A
+    low = F.linear(dropout(x), (a * adapted[0].lora_scale).to(x.dtype))  # (S, n r)
     lows = iter(low.split([layer.r for layer in adapted], dim=-1))
     return [next(lows) if layer.r else None for layer in layers]
 

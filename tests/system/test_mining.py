@@ -15,10 +15,10 @@ from data.rows import read_rows
 
 @pytest.mark.slow
 def test_bounded_memory_recall_and_kills():
-    found = mine_scale.scale(queries=400, documents=20000, width=1024, mib=16)
+    found = mine_scale.scale(queries=400, documents=20000, width=1024, mib=24)
     print(found)
-    assert found["peak_mib"] <= 16
-    assert found["loose_mib"] > 32  # control: vectors in memory
+    assert found["peak_mib"] <= 24
+    assert found["loose_mib"] > 48  # control: vectors in memory
     assert found["recall"] == 1
     assert found["same"]
     assert 2 <= found["shards_kept"] < 6
@@ -28,7 +28,7 @@ def test_bounded_memory_recall_and_kills():
 @pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
 def test_signals(tmp_path, number):
     """One line, status 130, nothing half done; the same command goes on with the next shard."""
-    mine_scale.write_world(tmp_path, 40, 20000)
+    mine_scale.write_world(tmp_path, 40, 50000)
     flags = ("out", 64, 1000, ["--negatives", 5])
     process = mine_scale.start(tmp_path, *flags, stderr=subprocess.PIPE)
     while len(mine_scale.shard_times(tmp_path)) < 2:
@@ -39,7 +39,7 @@ def test_signals(tmp_path, number):
     assert err.splitlines()[-1] == "stopped; the same command goes on"
     assert "Traceback" not in err
     before = mine_scale.shard_times(tmp_path)
-    assert len(list((tmp_path / "cache/maps").iterdir())) == len(before) < 20
+    assert len(list((tmp_path / "cache/maps").iterdir())) == len(before) < 50
     assert not list((tmp_path / "out").iterdir())
     mine_scale.finish(tmp_path, *flags)
     assert before.items() < mine_scale.shard_times(tmp_path).items()
