@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
 
 def tell_of(kind, error, traceback):
