@@ -30,7 +30,6 @@ class Replay:
     def __init__(self, decoder, constants):
         self.decoder = decoder
         self.constants = constants
-        self.plain = type(decoder).states
         self.forget()
 
     def forget(self):
@@ -40,16 +39,19 @@ class Replay:
 
     def __getstate__(self):
         """Copies and pickles have no graphs."""
-        return {"decoder": self.decoder, "constants": self.constants, "plain": self.plain}
+        return {"decoder": self.decoder, "constants": self.constants}
 
     def __setstate__(self, state):
         self.__dict__.update(state)
         self.forget()
 
+    def plain(self, x, rope, lengths):
+        return type(self.decoder).states(self.decoder, x, rope, lengths)
+
     def __call__(self, x, rope, lengths):
         """x (S, D), rope tables, lengths of the texts -> (S, D)."""
         if not self.works or not is_small(x) or self.decoder.training:
-            return self.plain(self.decoder, x, rope, lengths)
+            return self.plain(x, rope, lengths)
         kind = (x.dtype, x.device, x.is_inference(), self.decoder.config.causal)
         key = (lengths, kind, places(self.decoder))
         with self.lock:
@@ -60,7 +62,7 @@ class Replay:
                     self.works = False
                     reason = str(error).partition("\n")[0]
                     print(f"CUDA graphs are off: {reason}", file=sys.stderr)
-                    return self.plain(self.decoder, x, rope, lengths)
+                    return self.plain(x, rope, lengths)
             self.graphs.move_to_end(key)
             if len(self.graphs) > MOST_GRAPHS:
                 self.graphs.popitem(last=False)
@@ -70,7 +72,7 @@ class Replay:
         kept = (rope, self.constants(lengths, x.device))
 
         def states(x):
-            return self.plain(self.decoder, x, kept[0], lengths)
+            return self.plain(x, kept[0], lengths)
 
         return capture(states, x)
 
