@@ -83,6 +83,7 @@ RANGES = {  # name: its interval, a round bracket leaving out its end
     "retries": "[0, inf)",
     "max_tokens": "[1, inf)",
     "jobs": "[1, inf)",
+    "seeds": "[1, inf)",
     "calibration": "[1, inf)",
     "drop_blocks": "[0, inf)",
 }

@@ -48,7 +48,7 @@ DONE = set()  # folders that commands of this process have written
 # ---- grids
 
 
-def run_grid(name, declared, folder, jobs):
+def run_grid(name, declared, folder, jobs, seeds):
     """Runs what a grid, or "all", lacks, `jobs` commands at once -> its models as eval.py's."""
     grids = declared["grids"]
     if name != "all" and name not in grids:
@@ -58,7 +58,7 @@ def run_grid(name, declared, folder, jobs):
     models = list(dict.fromkeys(models))  # grids share cells
 
     cells = dict.fromkeys(split_spec(model)[0] for model in models)
-    todo = [(folder / cell, seed, declared) for cell in cells for seed in range(declared["seeds"])]
+    todo = [(folder / cell, seed, declared) for cell in cells for seed in range(seeds)]
     with ThreadPoolExecutor(jobs) as pool:
         done = pool.map(run_cell, *zip(*todo))  # after an error nothing more is started
         for _ in tqdm(done, total=len(todo), desc=f"grid {name}"):
@@ -225,7 +225,8 @@ def work(args):
         return
     declared = read_json(ABLATIONS)
     folder = Path(args.out).resolve() / "ablations"
-    models = run_grid(args.grid, declared, folder, args.jobs)
+    seeds = args.seeds or declared["seeds"]
+    models = run_grid(args.grid, declared, folder, args.jobs, seeds)
     flags().parse_args(declared["evaluation"], args)  # over the flags that were given
     compare(models, args)
 
@@ -238,6 +239,7 @@ def main():
         "--compare", nargs="+", metavar="RUN", help="runs, or folders of runs by seed"
     )
     parser.add_argument("--jobs", type=int, default=1, help="commands of a grid run at once")
+    parser.add_argument("--seeds", type=int, help="runs of a cell, in place of the grid's number")
     run_on_ranks(work, parser.parse_args())
 
 

@@ -2,12 +2,17 @@
 
     python experiments/plot.py runs/stage1 runs/stage2    # -> runs/plot.png
     python experiments/plot.py runs/stage2 --text "The Baikal is a deep lake." --limit 100
+    python experiments/plot.py --growth runs/ablations/*-x*       # -> runs/growth.png
 
 The scores are those of eval.py, whose flags are known here too; the latents are the last run's.
+--growth draws how scores grow with training: a line for each NAME of runs called NAME-xN, over N.
 Needs matplotlib.
 """
 
+import math
+import re
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +55,26 @@ def draw_means(axes, results):
     axes.set_xticks(range(len(rows)), rows, rotation=20)
 
 
+def draw_growth(axes, results, row):
+    """A line for each NAME of runs called NAME-xN: the score of a row over N."""
+    lines = defaultdict(dict)
+    for run, scores in results.items():
+        name, times = run_and_times(run)
+        lines[name][times] = np.mean(scores[row])
+    for name, points in sorted(lines.items()):
+        axes.plot(*zip(*sorted(points.items())), marker="o", label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_title(row)
+
+
+def run_and_times(run):
+    """runs/latent-x4 -> ("latent", 4)"""
+    parts = re.fullmatch(r"(.+)-x(\d+)", Path(run).name)
+    if parts is None:
+        raise InputError(f"{run}: expected a run whose name ends in -x and a number")
+    return parts[1], int(parts[2])
+
+
 def draw_latents(axes, tokens, latents, weights):
     """The attention of tokens (T) to latents, weights (T, SHOWN)."""
     axes.imshow(weights, aspect="auto")
@@ -76,6 +101,25 @@ def latent_map(model, text):
 
     most_used = np.sort(weights.sum(axis=0).argsort()[-SHOWN:])
     return tokens, most_used, weights[:, most_used]
+
+
+def plot_growth(args):
+    """Writes growth.png: a panel for each task and mean."""
+    figure_module = optional_package("matplotlib.figure", "experiments/plot.py")
+    for run in args.runs:
+        run_and_times(run)  # evaluation takes minutes
+    results = compare(args.runs, args)
+    if not results:
+        return
+    rows = list(results[args.runs[0]])
+    columns = math.ceil(len(rows) / 2)
+    figure = figure_module.Figure(figsize=(4 * columns, 8), layout="constrained")
+    panels = figure.subplots(2, columns, squeeze=False).flat
+    for axes, row in zip(panels, rows):
+        draw_growth(axes, results, row)
+    panels[0].legend()
+    figure.suptitle("main score x 100 by times the steps")
+    figure.savefig(Path(args.out, "growth.png"))
 
 
 def plot(args):
@@ -107,7 +151,12 @@ def main():
     parser.add_argument("runs", nargs="+", metavar="RUN", help="runs, or folders of runs by seed")
     text = "The Baikal is a deep lake."
     parser.add_argument("--text", default=text, help="text of the latent map")
-    plot(parser.parse_args())
+    parser.add_argument("--growth", action="store_true", help="scores of runs NAME-xN over N")
+    args = parser.parse_args()
+    if args.growth:
+        plot_growth(args)
+    else:
+        plot(args)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def test_every_cell_is_used_and_every_grid_is_there():
     grids = DECLARED["grids"]
     assert list(grids) == [
         *("pooling", "stages", "labels", "mining", "data"),
-        *("false-negatives", "matryoshka", "stage2", "compression"),
+        *("false-negatives", "matryoshka", "stage2", "growth", "compression"),
     ]
     entries = {entry for grid in grids.values() for entry in grid}
     assert {entry.split(":")[0] for entry in entries} == set(DECLARED["cells"])
@@ -52,6 +52,18 @@ def test_cells_are_changes_of_the_local_recipe():
                 assert step.keys() == {"compress"}
             else:
                 assert step["stage"] in (1, 2, 3) and step.keys() - {"stage"} <= known
+
+
+def test_cells_named_by_how_often_their_steps_are_repeated():
+    """NAME-xN has N times the steps of the preset, in each stage."""
+    recipe = read_recipe(ablate.ROOT / "data/local.json", DECLARED["preset"])
+    for name in DECLARED["grids"]["growth"]:
+        times = int(name.rpartition("-x")[2])
+        stages = [step["stage"] for step in DECLARED["cells"][name]["steps"]]
+        assert stages == ([1] if "stage1" in name else [1, 2])
+        for step in DECLARED["cells"][name]["steps"]:
+            settings = recipe["stages"][str(step["stage"])] | step
+            assert settings["steps"] == times * 14
 
 
 def test_recovery_follows_training():
@@ -127,6 +139,14 @@ def test_a_grid_shares_runs_and_goes_on(commands, monkeypatch, capsys):
     assert set(recipe["stages"]) == {"2"}
     given = recipe["stages"]["2"]
     assert given["steps"] < 30 and not given["in_batch"]
+
+
+def test_a_grid_with_fewer_seeds(commands, monkeypatch, capsys):
+    table = shown(monkeypatch, capsys, "--grid", "stages", "--seeds", "1")
+    assert len(commands.ran) == 2 + 1 + 1 + 2
+    assert "±" not in table["reversed"][0]
+    message = error(monkeypatch, capsys, "--grid", "stages", "--seeds", "0", main=ablate.main)
+    assert message == "error: --seeds: expected a number in [1, inf), got 0"
 
 
 def test_a_grid_at_some_dims(commands, suite, monkeypatch, capsys):

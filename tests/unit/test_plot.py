@@ -5,6 +5,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import matplotlib.figure
 import numpy as np
 import pytest
 import references
@@ -31,6 +32,24 @@ def test_picture(run, monkeypatch, capsys):
     picture = Path("runs/plot.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 2e4
     assert "| run | " in table and "STS mean" in table
+
+
+def test_growth(run, monkeypatch, capsys):
+    """A panel for each row of the table, a line for each name, its points in order of N."""
+    runs = ("mean-x10", "mean-x2", "latent-x1")
+    for name in runs:
+        shutil.copytree("run", name)
+    output(monkeypatch, capsys, "--growth", *runs, *QUICK, main=plot.main)
+    assert Path("runs/growth.png").read_bytes().startswith(b"\x89PNG")
+
+    axes = matplotlib.figure.Figure().subplots()
+    results = {"mean-x10": {"mean": [5, 6]}, "mean-x2": {"mean": [4]}, "a/latent-x1": {"mean": [3]}}
+    plot.draw_growth(axes, results, "mean")
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
+    assert lines == {"latent": [[1, 3]], "mean": [[2, 4], [10, 5.5]]}
+
+    message = error(monkeypatch, capsys, "--growth", "run", *QUICK, main=plot.main)
+    assert message == "error: run: expected a run whose name ends in -x and a number"
 
 
 def test_what_a_picture_needs(run, monkeypatch, capsys):
