@@ -48,7 +48,7 @@ DONE = set()  # folders that commands of this process have written
 # ---- grids
 
 
-def run_grid(name, declared, folder, jobs, seeds):
+def run_grid(name, declared, folder, jobs):
     """Runs what a grid, or "all", lacks, `jobs` commands at once -> its models as eval.py's."""
     grids = declared["grids"]
     if name != "all" and name not in grids:
@@ -58,7 +58,7 @@ def run_grid(name, declared, folder, jobs, seeds):
     models = list(dict.fromkeys(models))  # grids share cells
 
     cells = dict.fromkeys(split_spec(model)[0] for model in models)
-    todo = [(folder / cell, seed, declared) for cell in cells for seed in range(seeds)]
+    todo = [(folder / cell, seed, declared) for cell in cells for seed in range(declared["seeds"])]
     with ThreadPoolExecutor(jobs) as pool:
         done = pool.map(run_cell, *zip(*todo))  # after an error nothing more is started
         for _ in tqdm(done, total=len(todo), desc=f"grid {name}"):
@@ -225,8 +225,9 @@ def work(args):
         return
     declared = read_json(ABLATIONS)
     folder = Path(args.out).resolve() / "ablations"
-    seeds = args.seeds or declared["seeds"]
-    models = run_grid(args.grid, declared, folder, args.jobs, seeds)
+    if args.seeds is not None:
+        declared["seeds"] = args.seeds
+    models = run_grid(args.grid, declared, folder, args.jobs)
     flags().parse_args(declared["evaluation"], args)  # over the flags that were given
     compare(models, args)
 

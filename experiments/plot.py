@@ -62,7 +62,8 @@ def draw_growth(axes, results, row):
         name, times = run_and_times(run)
         lines[name][times] = np.mean(scores[row])
     for name, points in sorted(lines.items()):
-        axes.plot(*zip(*sorted(points.items())), marker="o", label=name)
+        times = sorted(points)
+        axes.plot(times, [points[n] for n in times], marker="o", label=name)
     axes.set_xscale("log", base=2)
     axes.set_title(row)
 
