@@ -174,6 +174,8 @@ def load(spec, args):
     """A model's name -> an Encoder, or mteb's own BM25."""
     if spec != "bm25":
         return Encoder(spec, args.max_length, args.dtype, args.limit, args.perturb, args.dims)
+    if args.perturb:
+        raise InputError("--model bm25: expected no --perturb: mteb hands it the queries")
     try:
         return mteb.get_model("mteb/baseline-bm25s")
     except ImportError as error:
@@ -263,7 +265,7 @@ def flags(description=None):
     flag("--task", default="all", help="all (default), a task type or the name of a task")
     flag("--suite", default="local", help="local (default), an mteb benchmark, AIR-Bench's folder")
     flag("--out", default="runs", help="mteb's result files go to OUT/results (default runs)")
-    flag("--max-length", type=int, default=512, help="tokens of a text (default 512)")
+    flag("--max-length", type=int, default=512, help="tokens of a text (default 512); not of peers")
     flag("--dtype", choices=("float32", "bfloat16"), help="default: the faster on this machine")
     flag("--dims", type=int, metavar="N", help="only the first N numbers of each vector")
     flag("--limit", type=int, metavar="N", help="a quick look: N test items, 3 N passages at most")

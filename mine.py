@@ -257,7 +257,7 @@ def inner_products(queries, rows, shards, ids, memory):
     products = np.empty(len(ids))
     pair_bytes = 16 * queries.shape[1]
     parts = 1 + len(ids) * pair_bytes // min(memory // 8, 2**22)
-    for part in np.array_split(ids.argsort(kind="stable"), parts):
+    for part in np.array_split(ids.argsort(kind="stable"), min(parts, len(ids))):
         left = queries.index_select(0, torch.from_numpy(rows[part])).float()
         products[part] = left.mul_(take(shards, ids[part])).sum(dim=1)
     return products
@@ -344,6 +344,7 @@ def mine(rows, teachers, entry, args, corpus_paths=()):
         if RANK != 0:
             continue
         index = build_index(shards, args.index) if args.index else None
+        # 7 of two teachers are 4 and 3
         share = (args.negatives + len(teachers) - 1 - t) // len(teachers)
         mined.positive_scores = []
         for group in query_groups(len(rows), shards[0].shape[1], args):
@@ -371,7 +372,8 @@ def select(scores, ids, lowest, known, share, seeds, args):
     for each query the numbers of documents that are no negatives; a seed for each query.
     """
     found = scores > -np.inf
-    is_known = np.stack([np.isin(*pair) for pair in zip(ids, known, strict=True)])
+    is_known = [np.isin(line, numbers) for line, numbers in zip(ids, known, strict=True)]
+    is_known = np.stack(is_known)
     is_known &= found
     passed = allowed(scores, lowest, is_known, args.rule, args.bound)
     usable = found & ~is_known & passed
@@ -416,7 +418,8 @@ def mine_file(entry, teachers, args):
     plan["symmetric"] = entry.get("symmetric", False)
     plan["sha256"] = files.digest(entry["file"])
     earlier = files.finished(target, report, plan)
-    files.check_unchanged(target, report, entry["file"])
+    source = entry.get("shown", entry["file"])  # of a table, not what it was converted to
+    files.check_unchanged(target, report, source)
     if earlier:
         print(f"{target}: already mined with these settings")
         return
@@ -425,7 +428,7 @@ def mine_file(entry, teachers, args):
         command = "python mine.py " + " ".join(sys.argv[1:])
         files.begin(report)
         files.write_rows(target, mined)
-        made = {"of": os.path.abspath(entry["file"]), "sha256": files.digest(target)}
+        made = {"of": os.path.abspath(source), "sha256": files.digest(target)}
         files.write_json(report, {"command": command, "plan": plan, "counts": counts, **made})
         numbers = ", ".join(f"{name} {number:,}" for name, number in counts.items())
         print(f"{target}: {numbers}", flush=True)

@@ -143,9 +143,8 @@ def tokenize(tokenizer, c, texts, instruction="", max_length=None):
             end = len(prefix.removesuffix(" "))
             not_pooled = len(bos) + sum(start < end for start, _ in encoding.offsets)
         if not_pooled >= len(ids):
-            expected = f"expected more ids than the instruction's {not_pooled}"
-            got = f"got {len(ids)} of {encoding.tokens[:8]}"
-            raise InputError(f"max_length {max_length}: {expected}, {got}")
+            where = f"max_length {max_length}: tokens {encoding.tokens[:8]}"
+            raise InputError(f"{where}: expected an id of the text after the instruction's")
         tokens.append(Tokens(ids, not_pooled))
     return tokens
 
@@ -173,6 +172,7 @@ class Linear(nn.Linear):
     """W x + b and, with a LoRA adapter (Hu et al. 2021), + (alpha / r) B A dropout(x).
 
     It computes in the dtype of x, whatever the weights are stored in: trained weights stay fp32.
+    forward(x) alone is W x + b: the caller passes the adapter's half, `low`, from `lora_low`.
     """
 
     r = 0  # rank of the adapter, 0: none
@@ -537,18 +537,18 @@ class LatentAttention(nn.Module):
             self.latents = nn.Parameter(torch.randn(c.num_latents, c.hidden_size))
         self.cross_attend_blocks = nn.ModuleList([CrossAttention(c), FeedForward(c.hidden_size)])
 
-    def fold(self, dtype):
+    def fold_latents(self, dtype):
         """The matrices A and B of `CrossAttention`, computed and returned in `dtype`."""
         return self.cross_attend_blocks[0].fold(self.latents.to(dtype))
 
     def forward(self, hidden, lengths, folded=None):
-        """`folded` is what `fold` returned; without it, as in training, it is computed here."""
+        """`folded` is of `fold_latents`; without it, as in training, it is computed here."""
         attention, feed_forward = self.cross_attend_blocks
         if self.latents is None:
             hidden = hidden + attention.over_tokens(hidden, lengths)
         else:
             if folded is None:
-                folded = self.fold(hidden.dtype)
+                folded = self.fold_latents(hidden.dtype)
             hidden = hidden + attention.over_latents(hidden, folded)
         return hidden + feed_forward(hidden)
 
@@ -611,11 +611,11 @@ class NVEmbed(nn.Module):
     def padding(self, tokens):
         """In bf16 on CPUs: one more text, which nobody reads, so that batches have few sizes.
 
-        oneDNN keeps a kernel, 7 MB and more, for each size that a product had. At most a sixteenth
-        is added.
+        oneDNN keeps a kernel, 7 MB and more, for each size that a product had. Here a size is the
+        next number whose binary digits after the fifth are zeros, at most a sixteenth more.
         """
         size = sum(len(text.ids) for text in tokens)
-        missing = -size % 2 ** max(size.bit_length() - 5, 0)  # to five binary digits, then zeros
+        missing = -size % 2 ** max(size.bit_length() - 5, 0)
         if not missing or self.device.type != "cpu" or self.dtype != torch.bfloat16:
             return []
         return [Tokens([self.config.eos_token_id] * missing, 0)]
@@ -637,7 +637,8 @@ class NVEmbed(nn.Module):
         `instruction` and max_length as in `tokenize`. With `dims` the rows are the first so many
         numbers of the vectors, of unit length again. A batch has at most batch_tokens tokens; the
         default is 2,048 on CPUs, whose caches it suits, 16,384 on GPUs, or the longest text's.
-        Beside the result, memory holds the tokens of a CHUNK; a thread makes the next ones.
+        Beside the result, memory holds the tokens of at most 8,192 texts (CHUNK in data/texts.py),
+        and those of the next ones, which a thread makes meanwhile.
         """
         texts, tasks = check_texts(texts, instruction)
         max_length = check_length(max_length, self.config)
@@ -683,7 +684,7 @@ class NVEmbed(nn.Module):
         state = (self.dtype, self.device, torch.stack(sums).tolist())
         kept_state, folded = self.kept_fold
         if state != kept_state:
-            folded = [matrix.to(self.dtype) for matrix in layer.fold(torch.float32)]
+            folded = [matrix.to(self.dtype) for matrix in layer.fold_latents(torch.float32)]
             self.kept_fold = (state, folded)
         return folded
 
@@ -693,6 +694,7 @@ class NVEmbed(nn.Module):
         Where that fails, for instance without a C++ compiler, the code runs as it is.
         """
         torch._dynamo.config.suppress_errors = True
+        torch._inductor.config.fallback_random = True  # dropout's masks are those of plain code
         functions = (Attention.project, RMSNorm.forward, MLP.forward)
         project, norm, mlp = [torch.compile(function, dynamic=True) for function in functions]
         for block in self.embedding_model.layers:
@@ -718,7 +720,7 @@ class NVEmbed(nn.Module):
 
         Loading is strict: a tensor that is missing, left over or of another shape is an InputError,
         but for two rules. A base has no latent layer: it is fresh. A base's LM head is dropped, and
-        a latent layer that the wanted pooling does not use. What is fresh or dropped is printed.
+        a latent layer that the wanted pooling has not. What is fresh or dropped is printed.
         """
         folder, dtype = folders.local_folder(path), folders.torch_dtype(dtype)
         if adapters.is_adapter(folder):
@@ -738,11 +740,11 @@ class NVEmbed(nn.Module):
         return quantize_weights(model, quantize, PROJECTIONS) if quantize else model
 
     @torch.no_grad()
-    def save_pretrained(self, path, dtype=torch.bfloat16):
+    def save_pretrained(self, path, dtype=None):
         """Writes a folder that `from_pretrained` loads, adapters merged in fp32.
 
         It has the released layout if the released code would embed the same; else its model_type is
-        "nvembed-x", which that code refuses. dtype None: the dtype that it computes in.
+        "nvembed-x", which that code refuses. The default dtype is the one that it computes in.
         """
         check_plain(self)
         dtype = folders.torch_dtype(dtype or self.dtype)
@@ -825,7 +827,7 @@ def fresh_pooling(config, device, dtype):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         layer = LatentAttention(config)
-    return layer.to(device, dtype) if device else layer
+    return layer if device is None else layer.to(device, dtype)
 
 
 # ---- sentence-transformers

@@ -27,6 +27,7 @@ Shapes, beside those of nvembed.py:
 
 import data.threads  # before torch
 
+import gc
 import math
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -50,7 +51,7 @@ from data.ranks import Stopped, all_gather, all_reduce, catch_signals, check_agr
 from data.ranks import init_ranks, leave_ranks, make_mesh, print0, rank, world_size
 from data.recipes import read_recipe, stage_settings
 from data.rows import text_id
-from data.runs import RunLog, check_loss, checkpoint, content, finish, is_finished
+from data.runs import RunLog, check_loss, check_teacher, checkpoint, content, finish, is_finished
 from data.runs import load_tensors, print_sizes, resume, run_folder, save_checkpoint, trained, whole
 from data.sampling import check_batch, check_prompts, draw_documents, draw_rows
 from data.sampling import known_positives, read_datasets, rows_of_step, shuffled_places
@@ -74,8 +75,8 @@ class Settings:
     weight_decay: float = 0.03
     clip: float = 1.0  # largest norm of the gradient
     temperature: float = 0.02
-    false_negatives: float = 2.0  # a negative whose cosine is more above the positive's; 2: off
-    dims: list = field(default_factory=list)  # the first so many numbers of a vector also learn
+    false_negatives: float = 2.0  # a negative so far above the positive is left out; 2: off
+    dims: list = field(default_factory=list)  # Matryoshka: also a loss of the first N numbers
     max_length: int = 512  # tokens of a text
     micro_tokens: int = 0  # tokens of a micro-batch, which bounds memory; 0: as many as fit
     lora_rank: int = 16  # r, the paper's; 0: all weights are trained
@@ -251,8 +252,9 @@ def distillation(embeddings, batch, s):
 def batch_loss(embeddings, batch, s):
     """Embeddings of batch.tokens -> loss and accuracy of this rank's rows.
 
-    With `dims` the loss is the mean of those of the vectors' first so many numbers and of the whole
-    (Matryoshka, Kusupati et al. 2022). The accuracy, and what `distill` adds, are the whole's.
+    With `dims` (Matryoshka, Kusupati et al. 2022) there is a loss for each width N, of the vectors'
+    first N numbers, and one of the whole vectors; the result is their mean. The accuracy, and what
+    `distill` adds, are the whole's.
     """
     q_bD, d_BLD = queries_and_documents(embeddings, batch)
     widths = sorted({*s.dims, embeddings.shape[1]})  # the whole comes last
@@ -330,7 +332,7 @@ def backward(model, batch, s, key=(0,), cached=True):
     done = 0
     for i, part in enumerate(parts):
         check_stop()
-        if isinstance(model, FSDPModule):  # ranks reduce once, after the last micro-batch
+        if isinstance(model, FSDPModule) and s.lora_rank:  # few gradients: summed over ranks once
             model.set_requires_gradient_sync(i + 1 == len(parts))
         gradient = embeddings.grad[part]
         if done >= len(batch.tokens):  # the repeated text of `micro_batches`
@@ -380,18 +382,22 @@ def zero_pruned_gradients(model):
 # ---- model
 
 
-def load(init, s, device):
-    """A model in the dtype to compute in, mapped from its file and not yet on its device."""
-    dtypes = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
-    dtypes["auto"] = nvembed.fast_dtype(device)
-    for name, value in (("dtype", s.dtype), ("export_dtype", s.export_dtype)):
-        if value not in dtypes:
-            raise InputError(f"{name}: expected one of {list(dtypes)}, got {value!r}")
-    path, dtype = resolve(init), dtypes[s.dtype]
-    model = NVEmbed.from_pretrained(path, None, dtype, causal=s.causal, pooling=s.pooling)
+def load(name, s, device, **form):
+    """A model in the dtype to compute in, mapped from its file and not yet on its device.
+
+    `form` is the pooling and mask (`causal`) that it shall have; without it they are its own.
+    """
+    dtype = getattr(torch, s.dtype, nvembed.fast_dtype(device))  # torch has no "auto"
+    model = NVEmbed.from_pretrained(resolve(name), None, dtype, **form)
     if nvembed.lora_layers(model):
-        raise InputError(f"{init}: expected plain weights, got an adapter")
+        raise InputError(f"{name}: expected plain weights, got an adapter")
     return model
+
+
+def load_teacher(name, s, device, model):
+    teacher = load(name, s, device)
+    check_teacher(name, teacher, model)
+    return place(teacher, s, device)
 
 
 def build(init, s, device, sharded=True):
@@ -409,7 +415,7 @@ def build(init, s, device, sharded=True):
             base, previous = state["base"], checkpoint(init)
 
     torch.manual_seed(s.seed)
-    model = load(base, s, device)
+    model = load(base, s, device, pooling=s.pooling, causal=s.causal)
     for dims in s.dims:
         check_dims(dims, model.config)
     if s.lora_rank:
@@ -466,9 +472,7 @@ def train(run, init, datasets, s, device, teacher_name=None, tensorboard=None):
     check_agreement(settings)
     model, base = build(init, s, device)
     check_prompts(datasets, model.tokenize, s.max_length)
-    teacher = None
-    if s.distill:
-        teacher = place(load(teacher_name, s, device), s, device)
+    teacher = load_teacher(teacher_name, s, device, model) if s.distill else None
     s = replace(s, micro_tokens=choose_micro_tokens(model, s))  # of the memory that is left
     parameters = trained(model).values()
     optimizer = torch.optim.AdamW(parameters, s.lr, weight_decay=s.weight_decay, fused=True)
@@ -482,7 +486,8 @@ def train(run, init, datasets, s, device, teacher_name=None, tensorboard=None):
     positives = known_positives(datasets)
     peak = measure_peak(device, model.dtype)
     head = {"base": base, "settings": asdict(s), "datasets": [data.name for data in datasets]}
-    log = RunLog(run, describe_machine() | head, done - (record is not None), tensorboard)
+    logged = done - 1 if record else done  # `record` is logged again
+    log = RunLog(run, describe_machine() | head, logged, tensorboard)
     model.train()
     began = time.perf_counter()
     try:
@@ -506,6 +511,7 @@ def train(run, init, datasets, s, device, teacher_name=None, tensorboard=None):
         leave_ranks()
         raise Stopped(f"stopped after step {step}; the same command goes on from here") from None
     del model, parameters, optimizer, teacher
+    gc.collect()  # compiled blocks refer to themselves
     if rank() == 0:
         export(run, s, datasets, device)
     leave_ranks()
@@ -515,7 +521,7 @@ def save(run, step, record, model, optimizer, base, settings):
     state = {"step": step, "record": record, "base": base, "settings": settings}
     save_checkpoint(run, step, model, optimizer, state)
     if settings["keep"]:
-        model.save_pretrained(run / f"kept_{step:06d}", model.dtype)
+        model.save_pretrained(run / f"kept_{step:06d}")
 
 
 def timed_step(model, optimizer, datasets, s, step, positives, teacher, peak):

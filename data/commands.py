@@ -66,7 +66,7 @@ RANGES = {  # name: its interval, a round bracket leaving out its end
     "held_out": "[0, inf)",
     "eval_every": "[1, inf)",
     "save_every": "[1, inf)",
-    "seed": "[0, inf)",
+    "seed": "[0, 1e18)",
     # recipes
     "samples": "[1, inf)",
     "rows": "[1, inf)",
@@ -87,14 +87,18 @@ RANGES = {  # name: its interval, a round bracket leaving out its end
     "calibration": "[1, inf)",
     "drop_blocks": "[0, inf)",
 }
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+CHOICES = {"dtype": DTYPES, "export_dtype": DTYPES}  # of train.Settings too
 
 
 def check_ranges(values, where=""):
-    """Checks the numbers of {name: value} against RANGES; `where` stands before a name.
+    """Checks {name: value} against RANGES and CHOICES; `where` stands before a name.
 
     A value may be a list of numbers.
     """
     for name, value in values.items():
+        if isinstance(value, str) and value not in CHOICES.get(name, [value]):
+            raise InputError(f"{where}{name}: expected one of {CHOICES[name]}, got {value!r}")
         for number in value if isinstance(value, list) else [value]:
             if name in RANGES and is_number(number) and not inside(number, RANGES[name]):
                 shown = name.replace("_", "-") if where == "--" else name

@@ -101,7 +101,7 @@ def read_weights(folder, device, dtype):
         for name, tensor in read_tensors(file).items():
             if not name.startswith(("embedding_model.", "latent_attention_model.")):
                 name = "embedding_model." + name.removeprefix("model.")
-            state[name] = tensor.to(device, dtype) if device else tensor
+            state[name] = tensor if device is None else tensor.to(device, dtype)
     return state
 
 
@@ -110,18 +110,19 @@ def check_weights(state, expected, folder):
 
     Prints what is fresh, and what is dropped.
     """
+    pooling = [name for name in expected if name.startswith("latent_attention_model.")]
+    unused = ["lm_head.weight", "rotary_emb.inv_freq", "latent_attention_model.latents"]
     dropped = []
     for name, tensor in state.items():
         if name in expected:
             check_shape(name, tensor, expected[name], folder)
-        elif name.startswith("latent_attention_model.") or name.endswith(
-            ("lm_head.weight", "rotary_emb.inv_freq")
+        elif name.endswith(tuple(unused)) or (
+            not pooling and name.startswith("latent_attention_model.")
         ):
             dropped.append(name)
         else:
             raise InputError(f"{folder}: tensor '{name}': not part of this architecture")
     missing = [name for name in expected if name not in state]
-    pooling = [name for name in expected if name.startswith("latent_attention_model.")]
     if missing and missing != pooling:  # a base has no pooling layer yet; half a layer is an error
         raise InputError(f"{folder}: tensor '{missing[0]}': missing")
     check_finite(state, folder)

@@ -52,7 +52,7 @@ def measure_peak(device, dtype):
     for width in WIDTHS["cuda" if device.type == "cuda" else "cpu"]:
         if rate and 2 * width**3 / rate > SLOW_PRODUCT:
             break
-        rate = product_speed(width, device, dtype)
+        rate = max(rate, product_speed(width, device, dtype))
     return rate
 
 

@@ -90,7 +90,8 @@ def check_agreement(facts):
     digests = all_reduce(digests)
     for number, digest in enumerate(digests):
         if digest != digests[0]:
-            raise InputError(f"rank {number}: other rows, settings or model than on rank 0")
+            expected = "the rows, settings, model and checkpoint of rank 0"
+            raise InputError(f"rank {number}: expected {expected}, found others")
 
 
 # ---- signals

@@ -22,6 +22,7 @@ LABELS = ("examples", "names")  # documents of classes: other texts of the class
 # Field: type or types. The stages' settings are checked by train.py.
 RECIPE = {"base": str, "seed": int, "datasets": list, "stages": dict}
 RECIPE_OPTIONAL = {"presets": dict}
+STAGES = ("1", "2", "3")
 PRESET_OPTIONAL = {"base": str, "stages": dict, "without": list, "labels": str}
 DATASET = {"name": str, "kind": str, "stages": list, "instruction": str}
 DATASET_OPTIONAL = {
@@ -64,7 +65,7 @@ def read_recipe(path, preset=None, labels=None):
     recipe = read_json(path)
     check_fields(recipe, RECIPE, RECIPE_OPTIONAL, path)
     check_ranges({"seed": recipe["seed"]}, f"{path}: ")
-    check_fields(recipe["stages"], {}, dict.fromkeys(recipe["stages"], dict), f"{path}: stages")
+    check_fields(recipe["stages"], {}, dict.fromkeys(STAGES, dict), f"{path}: stages")
     presets = recipe.pop("presets", {})
     for name, fields in presets.items():
         check_fields(fields, {}, PRESET_OPTIONAL, f"{path}: presets: {name}")
@@ -215,7 +216,9 @@ def made_rows(path):
 def stage_settings(recipe, path, stage, types):
     """What a recipe sets for a stage -> {name: value}, checked against train.py's {name: type}."""
     where = f"{path}: stages.{stage}"
-    settings = recipe["stages"].get(str(stage), {})
+    if str(stage) not in recipe["stages"]:
+        raise InputError(f"{path}: stages: expected '{stage}', got {list(recipe['stages'])}")
+    settings = recipe["stages"][str(stage)]
     for name, value in settings.items():
         if name not in types:
             raise InputError(f"{where}: unknown setting '{name}'")

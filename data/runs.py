@@ -28,7 +28,7 @@ from data.base import resolve
 from data.commands import InputError, optional_package
 from data.files import check_fields, locked, read_json, renamed, share
 from data.folders import WEIGHTS, local_folder, read_tensors
-from data.ranks import all_reduce, print0, rank, world_size
+from data.ranks import all_reduce, check_agreement, print0, rank, world_size
 from data.sampling import schedule
 
 # ---- folder
@@ -257,27 +257,38 @@ def resume(run, settings, defaults, model, optimizer):
     """Restores a run's last checkpoint, if it has one -> its state: "step" and "record".
 
     A setting that the run is older than had its default. The record is the last step's, to be
-    logged again; None in a checkpoint of an earlier version.
+    logged again; None in a checkpoint of an earlier version. All ranks must find the same one.
     """
-    if not (run / "latest").exists():
-        return {"step": 0, "record": {"step": 0}}
-    folder = checkpoint(run)
-    state = read_json(folder / "state.json")
-    where = folder / "state.json"
-    check_fields(state, {"step": int, "settings": dict, "base": str}, {"record": dict}, where)
-    check_same_run(run, defaults | state["settings"], settings)
-    load_checkpoint(folder, model, optimizer)
-    return {"record": None} | state
+    folder = checkpoint(run) if (run / "latest").exists() else None
+    state = {"step": 0, "record": {"step": 0}}
+    if folder is not None:
+        state = {"record": None} | read_json(folder / "state.json")
+    check_agreement(state)
+    if folder is not None:
+        fields = {"step": int, "settings": dict, "base": str, "record": (dict, type(None))}
+        check_fields(state, fields, {}, folder / "state.json")
+        check_same_run(run, defaults | state["settings"], settings)
+        load_checkpoint(folder, model, optimizer)
+    return state
 
 
 def write_checkpoint(run, step, tensors, state):
-    """Writes RUN/step_N. At every moment `latest` names a whole checkpoint.
+    """Writes RUN/step_N, unless it is there. At every moment `latest` names a whole checkpoint.
 
-    `tensors` is {file name: {name: tensor}}, `state` is JSON. The folder is written under a
-    temporary name, flushed to disk and renamed; then `latest` is; then older ones are removed.
+    `tensors` is {file name: {name: tensor}}, `state` is JSON. A step is saved twice when a signal
+    comes in the one after it.
     """
     folder = run / f"step_{step:06d}"
-    temporary = run / f".step_{step:06d}"
+    if not folder.exists() or last_checkpoint(run) != folder:
+        write_new_checkpoint(run, folder, tensors, state)
+    for old in run.iterdir():
+        if is_checkpoint(old) and old != folder:
+            shutil.rmtree(old)
+
+
+def write_new_checkpoint(run, folder, tensors, state):
+    """Writes a folder under a temporary name, flushes it to disk, renames it; then `latest`."""
+    temporary = run / f".{folder.name}"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
@@ -296,9 +307,6 @@ def write_checkpoint(run, step, tensors, state):
         shutil.rmtree(temporary, ignore_errors=True)
         message = f"not saved: {error}; last good checkpoint: {last_checkpoint(run)}"
         raise InputError(f"{temporary}: {message}") from error
-    for old in run.iterdir():
-        if is_checkpoint(old) and old != folder:
-            shutil.rmtree(old)
 
 
 def flush(*paths):
@@ -373,6 +381,15 @@ def format_record(record):
     for name, value in record.items():
         parts.append(f"{name} {value}" if isinstance(value, int) else f"{name} {value:.4g}")
     return "  ".join(parts)
+
+
+def check_teacher(name, teacher, model):
+    """Refuses a teacher whose tokens or vectors the student's cannot be compared with."""
+    width, wanted = teacher.config.hidden_size, model.config.hidden_size
+    if width != wanted:
+        raise InputError(f"--teacher {name}: expected vectors of {wanted} numbers, got {width}")
+    if teacher.tokenizer.get_vocab() != model.tokenizer.get_vocab():
+        raise InputError(f"--teacher {name}: expected the student's vocabulary, got another")
 
 
 def print_sizes(init, model, batch, micro_tokens):

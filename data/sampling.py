@@ -65,6 +65,8 @@ def read_datasets(entries, stage, s, mined=None):
         raise InputError(f"recipe: expected a data set of stage {stage}, got none")
     if mined and not any(Path(dataset.file).parent == Path(mined) for dataset in datasets):
         raise InputError(f"--mined {mined}: expected a file of a data set's name in it, found none")
+    if not s.in_batch and s.negatives == 0:
+        raise InputError("negatives: expected 1 or more, as in_batch is off, got 0")
     if not s.in_batch and not any(row["neg"] for data in datasets for row in data.rows):
         raise InputError(
             "in_batch is off: expected rows with negatives, got none; mine.py finds some"

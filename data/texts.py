@@ -50,7 +50,7 @@ def check_length(max_length, c):
     if max_length is None:
         return c.max_seq_length
     check_from_1("max_length", max_length, c.max_position_embeddings, "which the model can read")
-    return max_length
+    return int(max_length)
 
 
 def check_dims(dims, c):

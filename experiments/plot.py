@@ -96,7 +96,7 @@ def latent_map(model, text):
 
     layer = model.latent_attention_model
     queries = layer.cross_attend_blocks[0].norm(hidden)  # (T, D)
-    keys, _ = layer.fold(hidden.dtype)  # (D, C R)
+    keys, _ = layer.fold_latents(hidden.dtype)  # (D, C R)
     scores = (queries @ keys).float().unflatten(-1, (model.config.num_cross_heads, -1))
     weights = scores.softmax(dim=-1).mean(dim=1).cpu().numpy()  # (T, R)
 

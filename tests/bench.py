@@ -184,7 +184,7 @@ def latent(args):
     layer = released_latent_layer()
     h = torch.randn(size, 4096).bfloat16()
     block, feed_forward = layer.cross_attend_blocks
-    matrices = [matrix.bfloat16() for matrix in layer.fold(torch.float32)]
+    matrices = [matrix.bfloat16() for matrix in layer.fold_latents(torch.float32)]
 
     def folded(x):
         scores = (x @ matrices[0]).unflatten(-1, (block.heads, -1))

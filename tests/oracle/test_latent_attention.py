@@ -105,7 +105,7 @@ def test_a_constant_fold_has_no_gradient():
     layer, w = latent_layer()
     h, target = random_states(9).requires_grad_(), random_states(9, seed=2)
     weights = {n: t.requires_grad_() for n, t in w.items()}
-    constant = [matrix.detach() for matrix in layer.fold(torch.float32)]
+    constant = [matrix.detach() for matrix in layer.fold_latents(torch.float32)]
     with pytest.raises(AssertionError, match="latents"):
         check_gradients(layer, weights, h, target, None, folded=constant)
 
@@ -177,7 +177,7 @@ def test_the_fold_is_of_the_dtype(tokenizer_json):
     for half, whole in zip(model.inference_fold(), exact, strict=True):
         assert half.dtype == torch.bfloat16
         assert torch.equal(half, whole.bfloat16())
-    twice_rounded = model.latent_attention_model.fold(torch.bfloat16)
+    twice_rounded = model.latent_attention_model.fold_latents(torch.bfloat16)
     assert gap(twice_rounded[0], exact[0].bfloat16()) > 0  # control
 
 

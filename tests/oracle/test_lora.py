@@ -142,7 +142,9 @@ def test_lora_merged_is_adapted(base, tmp_path):
     merged = NVEmbed.from_pretrained(tmp_path / "fp32")
     assert not any(".lora_" in n for n in merged.state_dict())
     assert gap(merged.encode(TEXTS, TASK), model.encode(TEXTS, TASK)) <= 1e-5
-    model.save_pretrained(tmp_path / "bf16")
+    model.save_pretrained(tmp_path / "own")
+    assert ref.read_released(tmp_path / "own")["embedding_model.norm.weight"].dtype == torch.float32
+    model.save_pretrained(tmp_path / "bf16", torch.bfloat16)
     half = NVEmbed.from_pretrained(tmp_path / "bf16")
     assert 0.999 <= cosine(half.encode(TEXTS, TASK), model.encode(TEXTS, TASK)) < 0.9999999
     saved = ref.read_released(tmp_path / "bf16")

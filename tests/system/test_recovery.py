@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from safetensors.torch import load_file, save_file
 
 import nvembed
 import train
+from data.commands import InputError
 from data.runs import RunLog, checkpoint
 from experiments import compress
 from nvembed import NVEmbed
@@ -234,6 +236,23 @@ def test_distillation_equals_a_double_loop(base):
     batch.teacher = embeddings.detach()  # of itself there is nothing to learn
     loss, _ = train.batch_loss(embeddings, batch, s)
     assert loss.item() == pytest.approx(plain.item(), abs=1e-12)
+
+
+def test_a_teacher_is_what_its_folder_says(base, tmp_path):
+    """Its own pooling and mask, not the student's; but vectors and tokens like the student's."""
+    s = settings(**STAGE)
+    student = NVEmbed.from_pretrained(base)
+    NVEmbed.from_pretrained(base, pooling="mean", causal=True).save_pretrained(tmp_path / "mean")
+    found = train.load_teacher(str(tmp_path / "mean"), s, "cpu", student).config
+    assert (found.pooling, found.causal) == ("mean", True)
+
+    narrow = replace(student.config, hidden_size=student.config.hidden_size // 2, head_dim=8)
+    NVEmbed(narrow, student.tokenizer).save_pretrained(tmp_path / "narrow")
+    with pytest.raises(InputError, match="narrow: expected vectors of 64 numbers, got 32"):
+        train.load_teacher(str(tmp_path / "narrow"), s, "cpu", student)
+    student.tokenizer.add_tokens(["another"])
+    with pytest.raises(InputError, match="mean: expected the student's vocabulary, got another"):
+        train.load_teacher(str(tmp_path / "mean"), s, "cpu", student)
 
 
 @pytest.mark.slow

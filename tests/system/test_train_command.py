@@ -211,6 +211,8 @@ def test_nothing_to_learn_from(recipe, tmp_path):
     flags = ("--data", tmp_path / "my.jsonl", "--out", tmp_path / "run", "--steps", 1)
     line = told(command(recipe, *flags, "--no-in-batch"))
     assert "in_batch is off: expected rows with negatives, got none" in line
+    line = told(command(recipe, "--no-in-batch", "--negatives", 0, "--out", tmp_path / "run"))
+    assert "negatives: expected 1 or more, as in_batch is off, got 0" in line
     assert not (tmp_path / "run").exists()
     assert command(recipe, *flags)[0] == 0  # control
 
@@ -283,7 +285,11 @@ BAD_FLAGS = [
     (["--keep-zeros"], "keep_zeros: expected lora_rank 0, got 4"),
     (["--tensorboard", "board"], "expected the package tensorboard"),
     (["--dtype", "int7"], "dtype: expected one of"),
-    (["--export-dtype", "int7"], "dtype: expected one of"),
+    (
+        ["--export-dtype", "int7"],
+        "dtype: expected one of ('auto', 'float32', 'bfloat16', 'float16')",
+    ),
+    (["--seed", 10**20], "--seed: expected a number in [0, 1e18)"),
     (["--init", "no/such"], "model 'no/such'"),
     (["--distill", 1.0, "--teacher", "no/such"], "model 'no/such'"),
     (["--data", "no.jsonl"], "no.jsonl"),

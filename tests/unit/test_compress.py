@@ -277,7 +277,7 @@ def test_settings_of_the_recipe_and_flags(recipe, base, tmp_path):
         (["--drop-blocks", 3], "--drop-blocks: expected less than the 3 blocks, got 3"),
         (["--drop-blocks", -1], "--drop-blocks: expected a number in [0, inf), got -1"),
         (["--prune", "none"], "--prune none: expected --drop-blocks, or nothing is compressed"),
-        (["--max-length", 4], "max_length 4: expected more ids than"),
+        (["--max-length", 4], "max_length 4: tokens ["),
     ],
 )
 def test_bad_settings(recipe, base, tmp_path, flags, message):

@@ -193,6 +193,7 @@ def test_lengths_out_of_range(base, keep_eos):
         )
         assert "max_length" in error_of(model.tokenize, ["a"], max_length=length)
     assert model.encode(["a"], max_length=1).shape == model.encode(["a"], max_length=512).shape
+    assert len(model.tokenize(["x" * 900], max_length=4.0)[0].ids) == 4
     for batch_tokens in (0, -1, 2):
         assert "batch_tokens" in error_of(model.encode, ["a b c"], batch_tokens=batch_tokens)
 

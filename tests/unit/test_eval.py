@@ -231,6 +231,7 @@ ODD = [  # arguments, words of the one line
     ((*MODEL, "--out", "eval/sts.jsonl.gz"), "File exists"),
     ((*MODEL, "--suite", "empty"), "empty: expected SPLIT_qrels.jsonl"),
     (("--model", "adapter"), "expected an adapter that says how to pool"),
+    (("--model", "bm25", "--perturb", "case"), "--model bm25: expected no --perturb"),
 ]
 
 

@@ -69,6 +69,13 @@ def test_a_tensor_too_many(folder):
     assert name in error_of(NVEmbed.from_pretrained, folder)
 
 
+def test_a_latent_layer_of_two_blocks(folder):
+    name = "latent_attention_model.cross_attend_blocks.2.fn.to_q.weight"
+    edit_shard(folder, lambda state: state.update({name: torch.ones(4)}))
+    assert name in error_of(NVEmbed.from_pretrained, folder)
+    NVEmbed.from_pretrained(folder, pooling="mean")  # control: which has no such layer
+
+
 def without_latents(state):
     for name in list(state):
         if name.startswith(LATENT):

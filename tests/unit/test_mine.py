@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import mine
 from data import commands
@@ -415,6 +416,23 @@ def test_mined_rows_are_of_their_file_and_unchanged(here, monkeypatch):
     assert target.read_bytes() == mined
 
 
+def test_a_table_that_has_changed_is_mined_again(here, monkeypatch):
+    """It is known by its name, not by what it was converted to."""
+    for count in (4, 5):
+        lines = [f"q {i},true {i}" for i in range(count)]
+        (here / "qa.csv").write_text("\n".join(["question,answer", *lines]) + "\n")
+        mining(monkeypatch, "--data", "qa.csv", "--out", "d")
+        assert len(read_rows(here / "d/qa.jsonl")) == count
+
+
+def test_products_with_hardly_any_memory():
+    """More parts than pairs."""
+    ids = np.array([1, 0, 1])
+    shards = [torch.eye(3)]
+    found = mine.inner_products(torch.eye(3), np.array([0, 1, 1]), shards, ids, 8)
+    assert found.tolist() == [0, 0, 1]
+
+
 def test_what_is_half_written_is_mined_again(here, monkeypatch):
     """Killed when other settings' rows are written: what was there before is no longer done."""
     write_rows(here / "rows.jsonl", ROWS)
@@ -457,7 +475,7 @@ def test_one_process_writes_a_folder(here, monkeypatch):
         ("--negatives", "0", "1 or more, got 0"),
         ("--negatives", "-1", r"a number in \[0, inf\), got -1"),
         ("--max-length", "0", r"a number in \[1, inf\), got 0"),
-        ("--seed", "-1", r"a number in \[0, inf\), got -1"),
+        ("--seed", "-1", r"a number in \[0, 1e18\), got -1"),
     ],
 )
 def test_ranges_of_flags(here, monkeypatch, flag, value, expected):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import nvembed
-from data import ranks
+from data import ranks, runs
 from data.commands import InputError
 
 LENGTHS = (5, 3, 8)
@@ -45,6 +45,20 @@ def test_gather_of_earlier_versions(monkeypatch):
     assert ranks.all_gather(torch.tensor([[1.0], [2.0]])).flatten().tolist() == [1, 2, 2, 3]
 
 
+def test_ranks_resume_from_one_checkpoint(monkeypatch, tmp_path):
+    """On several nodes without a shared disk only one has the run's folder."""
+    asked = []
+    monkeypatch.setattr(runs, "check_agreement", asked.append)
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    state = {"step": 3, "settings": {}, "base": "b", "record": {"step": 3}}
+    (tmp_path / "made").mkdir()
+    runs.save_checkpoint(tmp_path / "made", 3, model, optimizer, state)
+    for folder in ("made", "missing"):
+        runs.resume(tmp_path / folder, {}, {}, model, optimizer)
+    assert asked == [state, {"step": 0, "record": {"step": 0}}]
+
+
 def test_ranks_have_to_agree(monkeypatch):
     ranks.check_agreement({"lr": 1.0})
     monkeypatch.setattr(ranks, "world_size", lambda: 3)
@@ -56,5 +70,7 @@ def test_ranks_have_to_agree(monkeypatch):
 
     monkeypatch.setattr(ranks, "all_reduce", gathered)
     ranks.check_agreement({"lr": 1.0})
-    with pytest.raises(InputError, match="rank 2: other rows, settings or model than on rank 0"):
+    with pytest.raises(
+        InputError, match="rank 2: expected the rows, settings, model and checkpoint of"
+    ):
         ranks.check_agreement({"lr": 2.0})

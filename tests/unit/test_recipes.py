@@ -213,8 +213,10 @@ def first(**changes):
         (first(samples=True), "datasets[0]: field 'samples': expected int"),
         (first(samples=0), "datasets[0]: samples: expected a number in [1, inf), got 0"),
         (first(samples=-1), "datasets[0]: samples: expected a number in [1, inf), got -1"),
-        ({"seed": -1}, "seed: expected a number in [0, inf), got -1"),
+        ({"seed": -1}, "seed: expected a number in [0, 1e18), got -1"),
+        ({"seed": 10**20}, "seed: expected a number in [0, 1e18), got 1" + "0" * 20),
         ({"stages": {"1": 7}}, "stages: field '1': expected dict, got 7"),
+        ({"stages": {"stage2": {}}}, "stages: unknown field 'stage2': expected one of ['1', '2'"),
         (first(name="../../x"), "datasets[0]: field 'name': expected the name of a file"),
         (first(name="a/b"), "datasets[0]: field 'name': expected the name of a file"),
         (first(name=".."), "datasets[0]: field 'name': expected the name of a file"),
@@ -349,6 +351,8 @@ def test_settings_of_a_stage(setting, message):
         stage_settings({"stages": {"1": setting}}, "a.json", 1, types)
     good = {"lr": 0, "warmup": 0, "temperature": 0.02, "lora_dropout": 0, "steps": 1}  # control
     assert stage_settings({"stages": {"1": good}}, "a.json", 1, types) == good
+    with pytest.raises(InputError, match="^a.json: stages: expected '2', got \\['1'\\]"):
+        stage_settings({"stages": {"1": good}}, "a.json", 2, types)
 
 
 # ---- the cache
