@@ -72,7 +72,11 @@ def test_micro_batches_do_not_change_the_batch(base):
 
 @pytest.mark.slow
 def test_compiled_gradient_is_the_eager_one(base):
-    """With dropout, whose masks are drawn outside of what is compiled; cached and not."""
+    """With dropout, whose masks are drawn outside of what is compiled; on a GPU inside.
+
+    Cached and not.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     s = settings(temperature=0.2)
     batch = a_batch(NVEmbed.from_pretrained(base), tangled_rows(2), s)
     found = []
@@ -80,7 +84,7 @@ def test_compiled_gradient_is_the_eager_one(base):
         torch._dynamo.reset()  # what other tests compiled would serve here too
         torch._dynamo.utils.counters.clear()
         torch.manual_seed(0)
-        model = trainable(base, settings(temperature=0.2, compile=compiled))
+        model = trainable(base, settings(temperature=0.2, compile=compiled)).to(device)
         for cached in (True, False):
             found.append(gradients(model, batch, s, cached=cached)[1])
         ran = torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
