@@ -10,6 +10,7 @@ import numpy as np
 
 from data.commands import InputError
 from data.files import as_list, beside, check_outputs, json_lines, write_rows
+from data.rows import HARMLESS
 
 
 def words(text):
@@ -70,7 +71,7 @@ def run_overlap(texts, against, n=5):
 
 
 OVERLAPS = {"bm25": bm25_overlap, "runs": run_overlap}
-NOT_COMPARED = ("label", "split", "prompt")  # fields of a row
+NOT_COMPARED = (*HARMLESS, "prompt")  # fields of a row
 
 
 def strings(row):

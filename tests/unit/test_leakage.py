@@ -103,6 +103,16 @@ def test_no_texts():
             leakage.drop_leaks(items, against, "bm25", 0.8)
 
 
+@pytest.mark.parametrize("by", ["bm25", "runs"])
+def test_what_is_ignored_is_not_compared(by):
+    """Ids and the like, which two unrelated files may share."""
+    ignored = {"source": "wikipedia", "language": "en", "dataset": "a set", "_id": "doc 7"}
+    row = {"query": "one lake", "pos": ["deep water"]} | ignored
+    assert leakage.strings(row) == ["one lake", "deep water"]
+    against = leakage.strings({"query": "two stones", "pos": ["hard rock"]} | ignored)
+    assert leakage.drop_leaks([row], against, by, 0.8) == ([row], [])
+
+
 # rows of which any text has 0.8 of a held-out text's BM25 score, and half their runs of 5 words
 NEAR = {
     "sentiment": (0, 1),
