@@ -9,6 +9,7 @@ import json
 import sys
 from collections import Counter
 from pathlib import Path
+from statistics import fmean
 
 if not __package__:  # python data/card.py: imports start at the project, not at data/
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -94,7 +95,8 @@ def prompts_of(datasets, template):
         if not dataset.symmetric:
             queries.append(prompt)
     first = [*queries, *prompts.values()][0]
-    return {"query": first, "document": ""} | prompts
+    roles = {"query": first, "document": ""}
+    return roles | prompts | roles  # a data set of such a name changes neither
 
 
 def write_prompts(run, datasets, template):
@@ -160,7 +162,8 @@ def scores(run, results):
         result = read_json(path)
         settings = path.parent.name
         if "scores" in result and "limit" not in settings and "perturb" not in settings:
-            score = 100 * result["scores"]["test"][0]["main_score"]
+            parts = [part for split in result["scores"].values() for part in split]
+            score = 100 * fmean(part["main_score"] for part in parts)
             rows.append((path.stem, f"{score:.2f}", settings.replace("__", ", ")))
     return rows
 

@@ -46,6 +46,13 @@ def test_prompts_are_the_recipes():
     assert card.prompts_of(sets[:1], "{instruction}:")["query"] == "b:"
 
 
+@pytest.mark.parametrize("name", ["query", "document"])
+def test_a_set_of_the_name_of_a_prompt(name):
+    sets = [some_set("questions", "a"), some_set(name, "b")]
+    found = card.prompts_of(sets, QUERY_TEMPLATE)
+    assert (found["query"], found["document"]) == ("Instruct: a\nQuery: ", "")
+
+
 def test_prompts_of_rows_that_have_their_own():
     rows = some_set("mine", "", prompt="Find it")
     rows.rows[0]["prompt"] = "Find another"
@@ -101,10 +108,10 @@ def test_its_code_runs(run, monkeypatch):
     assert (queries * documents).sum() < 0.999  # control
 
 
-def store(results, run, name, score, settings="dtype_float32__max_length_512"):
+def store(results, run, name, score, settings="dtype_float32__max_length_512", split="test"):
     folder = results / f"results/nvembed__stage1/{content_hash(run)}/experiments/{settings}"
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"scores": {"test": [{"main_score": score}]}}
+    content = {"scores": {split: [{"main_score": score}]}}
     (folder / f"{name}.json").write_text(json.dumps(content))
     (folder / "model_meta.json").write_text("{}")
 
@@ -117,10 +124,12 @@ def rewrite(monkeypatch, *flags):
 def test_scores_come_from_evaluation(run, tmp_path, monkeypatch, capsys):
     before = content_hash(run)
     store(tmp_path, run, "SQuAD", 0.61234)
+    store(tmp_path, run, "MSMARCO", 0.25, split="dev")
     store(tmp_path, run, "TREC", 0.5, "dtype_float32__limit_9__max_length_512")  # a quick look
     rewrite(monkeypatch, run, "--results", tmp_path)
     text = (run / "README.md").read_text()
     assert "| SQuAD | 61.23 | dtype_float32, max_length_512 |" in text
+    assert "| MSMARCO | 25.00 | dtype_float32, max_length_512 |" in text
     assert "TREC" not in text
     assert "README.md: written" in capsys.readouterr().out
     assert content_hash(run) == before  # the card is no part of what results belong to
