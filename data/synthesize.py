@@ -148,12 +148,21 @@ def brainstorm(journal, pool, kind):
         requests += more
         for key, answer in zip(keys, pool.map(journal.ask, keys), strict=True):
             for place, text in enumerate(answer or []):
-                task = " ".join(text.split()).removeprefix("Instruct:").strip()
-                mentions = tasks.setdefault(task.casefold(), [])
-                mentions.append(((*key, place), task))
+                task = bare_task(text)
+                if task:
+                    mentions = tasks.setdefault(task.casefold(), [])
+                    mentions.append(((*key, place), task))
         if len(tasks) == known:
             break
     return tasks
+
+
+def bare_task(text):
+    """A task in one line, without the "Instruct:" that is added to it later."""
+    task = " ".join(text.split())
+    while task.startswith("Instruct:"):
+        task = task.removeprefix("Instruct:").strip()
+    return task
 
 
 def prompt_for(key, task):
@@ -187,11 +196,13 @@ class Journal:
         """Reads the outcomes of earlier runs; drops the half line that a kill may have left."""
         self.file.seek(0)
         content = self.file.read()
-        whole = content[: content.rfind(b"\n") + 1]
-        self.file.truncate(len(whole))
-        for number, line in enumerate(whole.splitlines(), 1):
+        *lines, half = content.split(b"\n")
+        for number, line in enumerate(lines, 1):
             key, outcome = parse_entry(line, f"{path}:{number}")
             self.outcomes[key].append(outcome)
+        if not b"[[".startswith(half[:2]):  # not of a journal
+            raise InputError(f"{path}:{len(lines) + 1}: expected a key and an outcome")
+        self.file.truncate(len(content) - len(half))
 
     def write(self, key, outcome):
         self.outcomes[key].append(outcome)

@@ -3,6 +3,7 @@
 import json
 import random
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -94,6 +95,16 @@ def test_prompts():
         assert brainstorm.startswith("Think of about 20 different text matching tasks")
 
 
+def test_tasks_are_bare():
+    """Without "Instruct:", however often a model writes it; an empty one is none."""
+    texts = ["Instruct: Instruct: find  it", "Instruct:", "Instruct: Instruct:", "Find IT", "rank"]
+    journal = Namespace(args=Namespace(model="m", seed=0, tasks=9), ask=lambda key: texts)
+    with ThreadPoolExecutor(1) as pool:
+        tasks = synthesize.brainstorm(journal, pool, "short-long")
+    assert [places[0][1] for places in tasks.values()] == ["find it", "rank"]
+    assert [key[-1] for key, _ in tasks["find it"]] == [0, 3, 0, 3]  # two requests
+
+
 # ---- the journal
 
 
@@ -121,6 +132,16 @@ def test_half_a_line_is_dropped(tmp_path):
         journal.write(("m", 0, "short-long", 1), "bad: not JSON")
         journal.file.close()
         assert path.read_bytes() == whole + b'[["m", 0, "short-long", 1], "bad: not JSON"]\n'
+
+
+@pytest.mark.parametrize("content", (b"Dear diary", b"[1, 2]", b'[["a"], []]\nDear diary'))
+def test_a_file_that_is_no_journal_stays(tmp_path, content):
+    path = tmp_path / "rows.journal"
+    path.write_bytes(content)
+    line = content.count(b"\n") + 1
+    with pytest.raises(InputError, match=f"^{path}:{line}: expected a key and an outcome$"):
+        synthesize.Journal(path, arguments())
+    assert path.read_bytes() == content
 
 
 def test_answers_of_the_journal_are_not_asked_again(tmp_path, monkeypatch):
