@@ -9,22 +9,20 @@ of the cache in which row N is line N. Its folder is named by the content: a fil
 or a data set of the hub that was, is converted anew. No torch here.
 """
 
-import csv
 import glob
-import gzip
 import hashlib
 import json
 import os
 import re
 import sys
-import zlib
 from pathlib import Path
 
 from data.base import build_once
 from data.commands import InputError, one_line
 from data.files import as_list, cache, digest, json_lines
 from data.rows import HARMLESS, check_row, is_text, is_unicode, progress
-from data.tables import FILE_FORMATS, file_ending, get, local_files, read_table, table_errors
+from data.tables import FILE_FORMATS, file_ending, get, local_files, read_file, read_table
+from data.tables import table_errors
 
 KNOWN = {  # field of a row: the columns that stand for it, also numbered: negative_1, negative_2
     "query": ("query", "question", "anchor"),
@@ -37,8 +35,7 @@ KNOWN = {  # field of a row: the columns that stand for it, also numbered: negat
 TEXTS = ("query", "pos", "neg")
 ALONE = ("query", "prompt")  # fields of one value; the others are lists
 IGNORED = set(HARMLESS) - {"label"}  # which may say that a pair is no positive one
-MARKS = {".csv": ",", ".tsv": "\t"}
-FORMAT = 1  # of what is converted; another number has all converted anew
+FORMAT = 2  # of what is converted; another number has all converted anew
 
 
 def data_entry(data, columns=None):
@@ -116,8 +113,9 @@ def hash_of(content):
 
 def hash_of_files(table):
     """Of the files of a table on this machine; a README.md may say which of them are a config."""
-    files = [*local_files(table), *Path(table["path"]).glob("README.md")]
-    return hash_of([(file.name, digest(file)) for file in files])
+    folder = Path(table["path"])
+    files = [*local_files(table), *folder.glob("README.md")]
+    return hash_of([(str(file.relative_to(folder)), digest(file)) for file in files])
 
 
 def hub_revision(data, table, stem):
@@ -210,7 +208,8 @@ def convert(folder, name, data, table, chosen):
     if rows == 0:
         raise InputError(f"{data}: expected at least one row")
     taken = [f"{field} = {' + '.join(shortened(columns[field]))}" for field in columns]
-    used = {column.split(".")[0] for field in columns for column in columns[field]}
+    used = {column for field in columns for column in columns[field]}
+    used |= {column.split(".")[0] for column in used}
     unused = [column for column in names if column not in used]
     rest = f"; not used: {', '.join(unused)}" if unused else ""
     print(f"{data}: {rows:,} rows; {', '.join(taken)}{rest}", flush=True)
@@ -257,37 +256,10 @@ def read(table):
     path = Path(table["path"])
     if is_lines(path):
         yield from json_lines(path)
-    elif file_ending(str(path)) in MARKS and not path.is_dir():
-        yield from read_csv(path)
+    elif path.is_file():
+        yield from read_file(path)
     else:
         for where, row in read_table(table):
             if row["config"] == table["config"]:  # which read_table added
                 del row["config"]
             yield where, row
-
-
-def read_csv(path):
-    """Rows of a .csv or .tsv file; number 1 is below the header.
-
-    Each cell is a text, also what looks like a number or like NA; an empty one is null.
-    """
-    csv.field_size_limit(2**30)
-    mark = MARKS[file_ending(str(path))]
-    open_text = gzip.open if path.suffix == ".gz" else open
-    number = 0
-    try:
-        with open_text(path, "rt", encoding="utf-8-sig", newline="") as file:
-            lines = csv.reader(file, delimiter=mark, strict=True)
-            header = next(lines, [])
-            if len(set(header)) != len(header):
-                raise InputError(f"{path}: expected columns of different names, got {header}")
-            for cells in lines:
-                if not cells:
-                    continue
-                number += 1
-                if len(cells) != len(header):
-                    expected = f"expected the {len(header)} columns of the first line"
-                    raise InputError(f"{path}:{number}: {expected}, got {len(cells)}")
-                yield f"{path}:{number}", {n: c or None for n, c in zip(header, cells)}
-    except (OSError, EOFError, zlib.error, csv.Error, UnicodeDecodeError) as error:
-        raise InputError(f"{path}:{number + 1}: {one_line(error)}") from error

@@ -201,9 +201,12 @@ def document_side(source, row, where):
     for name, sides in source.get("route", {}).items():
         side = sides.get(str(get(row, name, where)))
     for name, least in source.get("at_least", {}).items():
-        score = get(row, name, where)
-        if not isinstance(score, (int, float)):
-            raise InputError(f"{where}: field '{name}': expected a number, got {score!r}")
+        value = get(row, name, where)
+        try:
+            score = float(value)  # a cell of a .csv is a text
+        except (TypeError, ValueError) as error:
+            message = f"field '{name}': expected a number, got {value!r}"
+            raise InputError(f"{where}: {message}") from error
         if not score >= least:  # lower, or NaN
             side = None
     return side

@@ -6,31 +6,30 @@
 The same object holds the names of the fields to read. A field is a text or a list of texts.
 """
 
+import csv
+import gzip
+import itertools
+import json
 import math
 import zlib
 from pathlib import Path
 
 from data.commands import InputError, one_line
-from data.files import as_list
+from data.files import as_list, bare, json_lines, open_lines, reading
 
-FILE_FORMATS = {  # ending of a file's name: its name in load_dataset
-    ".json": "json",
-    ".jsonl": "json",
-    ".parquet": "parquet",
-    ".tsv": "csv",
-    ".csv": "csv",
-}
+MARKS = {".csv": ",", ".tsv": "\t"}  # what stands between two cells
+FILE_FORMATS = (".json", ".jsonl", ".parquet", *MARKS)  # endings of files' names
 
 
 def read_table(table):
     """Yields ("PATH:CONFIG:NUMBER", row as a dict), the config's name in the row's "config"."""
     path = table["path"]
-    configs = as_list(table.get("config"))
     if Path(path).is_file():
-        check_file(path)
-        configs = [None]
+        for where, row in itertools.islice(read_file(path), table.get("rows")):
+            yield where, {"config": None} | row
+        return
     errors = table_errors()
-    for config in configs:
+    for config in as_list(table.get("config")):
         where = path if config is None else f"{path}:{config}"
         try:
             rows = iter(open_table(table, config))
@@ -46,15 +45,6 @@ def read_table(table):
             if row is None:
                 break
             yield f"{where}:{number}", {"config": config} | row
-
-
-def check_file(path):
-    """Checks that a local file is one that load_dataset reads."""
-    if file_ending(path) not in FILE_FORMATS:
-        known = list(FILE_FORMATS)
-        raise InputError(f"{path}: expected a file of {known}, or one of them with .gz")
-    if Path(path).stat().st_size == 0:
-        raise InputError(f"{path}: expected at least one row")
 
 
 def local_files(table):
@@ -76,17 +66,22 @@ def open_table(table, config):
     from datasets import load_dataset, logging
 
     logging.set_verbosity(logging.CRITICAL)  # its errors repeat what it would log
-    path = table["path"]
-    if not Path(path).is_file():
-        where = {"split": table["split"], "revision": table.get("revision")}
-        return load_dataset(path, config, streaming=True, **where)
-    ending = file_ending(path)
-    options = {}
-    if ending == ".tsv":
-        options["sep"] = "\t"
-    kind = FILE_FORMATS[ending]
-    # a file by itself is always the split "train"
-    return load_dataset(kind, data_files=path, split="train", streaming=True, **options)
+    options = {"split": table["split"], "revision": table.get("revision")}
+    files = local_files(table)
+    if files and all(file_ending(str(file)) in MARKS for file in files):
+        options |= text_cells(files)
+    return load_dataset(table["path"], config, streaming=True, **options)
+
+
+def text_cells(files):
+    """Options of load_dataset by which the cells of .csv files are what read_csv makes of them."""
+    columns = set()
+    for file in files:
+        with reading(file), open_lines(file) as lines:
+            header = bare(lines.readline()).decode(errors="replace")
+        columns.update(*csv.reader([header], delimiter=MARKS[file_ending(str(file))]))
+    converters = dict.fromkeys(columns, str)
+    return {"converters": converters, "keep_default_na": False, "na_values": [""]}
 
 
 def table_errors():
@@ -116,8 +111,105 @@ def told(error):
     return one_line(error)
 
 
+# ---- a file
+
+
+def read_file(path):
+    """Yields ("PATH:NUMBER", row as a dict) of a local file."""
+    ending = file_ending(str(path))
+    if ending not in FILE_FORMATS:
+        known = list(FILE_FORMATS)
+        raise InputError(f"{path}: expected a file of {known}, or one of them with .gz")
+    if Path(path).stat().st_size == 0:
+        raise InputError(f"{path}: expected at least one row")
+    if ending in MARKS:
+        yield from read_csv(path)
+    elif ending == ".parquet":
+        yield from read_parquet(path)
+    else:
+        names = {}
+        for _, row in read_objects(path):
+            names |= dict.fromkeys(row)
+        for where, row in read_objects(path):
+            yield where, names | row  # a field that a row lacks is null
+
+
+def read_csv(path):
+    """Rows of a .csv or .tsv file; number 1 is below the header.
+
+    Each cell is a text, also what looks like a number or like NA; an empty one is null.
+    """
+    csv.field_size_limit(2**30)
+    mark = MARKS[file_ending(str(path))]
+    open_text = gzip.open if Path(path).suffix == ".gz" else open
+    number = 0
+    try:
+        with open_text(path, "rt", encoding="utf-8-sig", newline="") as file:
+            lines = csv.reader(file, delimiter=mark, strict=True)
+            header = next(lines, [])
+            if not header:
+                raise InputError(f"{path}: expected the columns' names in the first line")
+            if len(set(header)) != len(header):
+                raise InputError(f"{path}: expected columns of different names, got {header}")
+            for cells in lines:
+                if not cells:
+                    continue
+                number += 1
+                if len(cells) != len(header):
+                    expected = f"expected the {len(header)} columns of the first line"
+                    raise InputError(f"{path}:{number}: {expected}, got {len(cells)}")
+                yield f"{path}:{number}", {n: c or None for n, c in zip(header, cells)}
+    except (OSError, EOFError, zlib.error, csv.Error, UnicodeDecodeError) as error:
+        raise InputError(f"{path}:{number + 1}: {one_line(error)}") from error
+
+
+def read_parquet(path):
+    """Rows of a .parquet file."""
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    number = 0
+    try:
+        with ParquetFile(path) as file:
+            for batch in file.iter_batches(1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}:{number}", row
+    except (OSError, ArrowException) as error:
+        raise InputError(f"{path}: {one_line(error)}") from error
+
+
+def read_objects(path):
+    """Objects of a .json file, which may be one list, or of a .jsonl file."""
+    if file_ending(str(path)) == ".jsonl":
+        yield from json_lines(path)
+        return
+    with reading(path), open_lines(path) as file:
+        content = bare(file.read())
+    if not content.startswith(b"["):
+        yield from json_lines(path)
+        return
+    try:
+        rows = json.loads(content)
+    except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply
+        raise InputError(f"{path}: expected JSON: {one_line(error)}") from error
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            got = type(row).__name__
+            raise InputError(f"{path}:{number}: expected a JSON object, got {got}")
+        yield f"{path}:{number}", row
+
+
+# ---- fields of a row
+
+
 def get(row, name, where):
-    """A field's value; "a.b" is field b of object a, or of every object of list a."""
+    """A field's value; "a.b" is field b of object a, or of every object of list a.
+
+    A field of the row that is itself called "a.b" comes first.
+    """
+    if name in row:
+        return row[name]
     value = row
     for part in name.split("."):
         for item in as_list(value):

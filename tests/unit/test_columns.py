@@ -253,6 +253,12 @@ def test_bad_row(tmp_path, change, message):
     assert len(rows_of(path, names)) == 2  # control
 
 
+def test_a_dot_in_the_name_of_a_column(tmp_path, capsys):
+    path = write_csv(tmp_path / "a.csv", [["q.text", "body", "rest"], ["q", "a", "x"]])
+    assert rows_of(path, "query=q.text,pos=body") == [{"query": "q", "pos": ["a"], "neg": []}]
+    assert capsys.readouterr().out.endswith("pos = body; not used: rest\n")
+
+
 def test_a_column_that_is_not_there(tmp_path):
     path = write_table(tmp_path / "a.parquet", QA)
     wanted = f"{path}:1: field 'b': missing, found ['question', 'answer']"
@@ -356,6 +362,28 @@ def test_a_folder_as_a_clone_of_the_hub(tmp_path, capsys):
     assert refused(folder).startswith(f"{folder}: Please pick one among the available configs: ")
     write_table(folder / "pair.parquet", QA[:2])
     assert rows_of(f"{folder}:pair") == ROWS[:2]  # what has changed is converted anew
+
+
+def test_files_of_a_folder_change_places(tmp_path):
+    """The same names and contents in other folders, which say what is train."""
+    folder = tmp_path / "set"
+    for split, row in (("train", QA[0]), ("validation", QA[1])):
+        (folder / split).mkdir(parents=True)
+        write_table(folder / split / f"{row['answer']}.parquet", [row])
+    assert rows_of(folder) == ROWS[:1]
+    (folder / "train").rename(folder / "test")
+    (folder / "validation").rename(folder / "train")
+    assert rows_of(folder) == ROWS[1:2]
+
+
+def test_cells_of_a_folder_are_texts(tmp_path):
+    (tmp_path / "set").mkdir()
+    table = [["question", "answer", "negative"], ["007", "12", "None"], ["NA", "x", ""]]
+    write_csv(tmp_path / "set/train.csv", table)
+    assert rows_of(tmp_path / "set") == [
+        {"query": "007", "pos": ["12"], "neg": ["None"]},
+        {"query": "NA", "pos": ["x"], "neg": []},
+    ]
 
 
 @pytest.fixture

@@ -136,6 +136,18 @@ def test_tables_of_tabs(tmp_path):
     assert triples(entry["file"]) == BEIR_ROWS
 
 
+def test_ids_of_tabs_are_texts(tmp_path):
+    """007 stays 007; a score is a number all the same."""
+    queries = write_table(tmp_path / "queries.jsonl", [{"id": "007", "text": "q"}])
+    source = {"path": str(tmp_path / "a.tsv"), "split": "train", "query": "id", "pos": "text"}
+    source |= {"at_least": {"score": 1}}
+    source["queries"] = {"path": queries, "split": "train", "id": "id", "text": "text"}
+    (tmp_path / "a.tsv").write_text("id\ttext\tscore\n007\tNA\t2\n007\tlow\t0.5\n")
+    entry = {"name": "a", "file": str(tmp_path / "rows.jsonl"), "source": source}
+    convert.prepare(entry, 0)
+    assert triples(entry["file"]) == [("q", ["NA"], [])]
+
+
 def test_routed_documents_are_no_positives_the_other_way(tmp_path):
     """With both directions, a document that is routed to the negatives gives no row of its own."""
     rows = [{"a": "q", "b": "yes", "label": 1}, {"a": "q", "b": "no", "label": 0}]

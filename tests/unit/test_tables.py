@@ -1,6 +1,7 @@
 """Tables of every form are read; what is missing, damaged or no table is one line."""
 
 import gzip
+import json
 import re
 
 import pytest
@@ -35,6 +36,38 @@ def test_file_of_columns(tmp_path, name, mark):
     assert read(path) == [(f"{path}:1", ROWS[0] | {"config": None})]
 
 
+@pytest.mark.parametrize("place", ["file", "folder"])
+@pytest.mark.parametrize("name, mark", [("a.csv", ","), ("a.tsv", "\t")])
+def test_cells_are_texts(tmp_path, place, name, mark):
+    """What looks like a number or NA too, in a folder as well; an empty one is null."""
+    lines = ["id,answer,neg", "007,None,NA", "12,1.50,"]
+    (tmp_path / name).write_text("\n".join(lines).replace(",", mark) + "\n")
+    rows = [row for _, row in read(tmp_path / name if place == "file" else tmp_path)]
+    assert rows == [
+        {"config": None, "id": "007", "answer": "None", "neg": "NA"},
+        {"config": None, "id": "12", "answer": "1.50", "neg": None},
+    ]
+
+
+def test_texts_of_json_are_as_they_are(tmp_path):
+    """Dates too; one list or lines; what only some rows have is null in the others."""
+    rows = [{"a": "2021-05-03"}, {"a": "2021-05-04", "b": "x"}]
+    (tmp_path / "list.json").write_text(json.dumps(rows, indent=1))
+    for path in (tmp_path / "list.json", write_table(tmp_path / "lines.jsonl", rows)):
+        found = [row for _, row in read(path)]
+        assert found == [{"config": None, "b": None} | row for row in rows]
+
+
+@pytest.mark.parametrize("name", ["qa[1].parquet", "qa[2].json", "qa*.jsonl", "qa[3].csv"])
+def test_a_name_is_no_pattern(tmp_path, name):
+    path = tmp_path / name
+    if path.suffix == ".csv":
+        path.write_text("query,answer\na,b\nc,d\n")
+    else:
+        write_table(path, ROWS)
+    assert [row for _, row in read(path)] == [row | {"config": None} for row in ROWS]
+
+
 def test_folder_of_two_configs(tmp_path):
     """As a clone of a hub repository; a row knows its config."""
     header = "---\nconfigs:\n"
@@ -57,16 +90,19 @@ def test_folder_of_two_configs(tmp_path):
     [
         ("empty.jsonl", b"", ": expected at least one row"),
         ("a.txt", b"text", ": expected a file of "),
-        ("cut.jsonl", LINE + b'{"query"', ":1: "),
+        ("cut.jsonl", LINE + b'{"query"', ":2: "),
         ("words.jsonl", b"hello\n", ":1: "),
         ("latin.jsonl", b'{"query": "\xff"}\n', ":1: "),
-        ("array.json", b"[1, 2", ":1: "),
+        ("array.json", b"[1, 2", ": expected JSON: "),
+        ("number.json", b"[1, 2]", ":1: expected a JSON object, got int"),
+        ("null.json", b"null", ":1: expected a JSON object, got NoneType"),
+        ("nulls.json", b'[null, {"query": "a"}]', ":1: expected a JSON object, got NoneType"),
         ("plain.jsonl.gz", LINE, ": "),
         ("cut.jsonl.gz", ZIPPED[:-20], ": "),
         ("damaged.jsonl.gz", ZIPPED[:30] + b"x" * 30 + ZIPPED[60:], ": "),
         ("a.parquet", b"PAR1 and nothing else", ": "),
         ("quote.csv", b'a,b\n"1,2\n', ":1: "),
-        ("blank.csv", b"\n", ":1: "),
+        ("blank.csv", b"\n", ": expected the columns' names in the first line"),
     ],
 )
 def test_bad_file(tmp_path, name, content, place):
@@ -141,6 +177,7 @@ def test_fields():
     assert tables.texts_of(row, "list.b", "here") == ["y", ""]
     assert tables.texts_of(row, ["t", "empty", "a.b"], "here") == ["z x"]
     assert tables.ids_of(row, "n", "here") == ["3"]
+    assert tables.get(row | {"a.b": "dot"}, "a.b", "here") == "dot"
     for name in ("b", "a.c", "list.c", "t.b"):
         with pytest.raises(InputError, match=f"^here: field '{name}': missing, found "):
             tables.get(row, name, "here")
