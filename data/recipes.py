@@ -156,6 +156,13 @@ def check_source(source, where):
         if not known:
             message = f"field '{name}': expected pos or neg by value, got {sides!r}"
             raise InputError(f"{where}: route: {message}")
+    if len(source.get("route", {})) > 1:
+        raise InputError(f"{where}: field 'route': expected one field, got {list(source['route'])}")
+    names = source.get("names", {})
+    check_fields(names, dict.fromkeys(names, str), {}, f"{where}: names")
+    documents = source.get("documents", "names")
+    if documents != "names":
+        raise InputError(f"{where}: field 'documents': expected names, got {documents!r}")
     thresholds = source.get("at_least", {})
     check_fields(thresholds, dict.fromkeys(thresholds, (int, float)), {}, f"{where}: at_least")
     for name in ("queries", "corpus"):
@@ -169,6 +176,9 @@ def check_table(table, required, optional, where):
     check_ranges({"rows": table.get("rows", 1)}, f"{where}: ")
     if not table["path"].strip():
         raise InputError(f"{where}: field 'path': expected a hub id, folder or file")
+    for name, value in table.items():
+        if isinstance(value, list) and not all(isinstance(part, str) for part in value):
+            raise InputError(f"{where}: field '{name}': expected a list of str, got {value!r}")
 
 
 def check_leakage(leakage, where):

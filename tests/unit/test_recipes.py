@@ -280,7 +280,13 @@ def nq_entry():
             {"corpus": {"path": "a", "split": "b", "id": "c"}},
             "source: corpus: field 'text': missing",
         ),
+        (
+            {"route": {"a": {"0": "pos"}, "b": {"0": "pos"}}},
+            "source: field 'route': expected one field, got ['a', 'b']",
+        ),
         ({"pos": 1}, "source: field 'pos': expected str or list, got 1"),
+        ({"pos": [1]}, "source: field 'pos': expected a list of str, got [1]"),
+        ({"config": ["a", None]}, "source: field 'config': expected a list of str, got ['a', None"),
         ({"path": ""}, "source: field 'path': expected a hub id, folder or file"),
         ({"rows": 0}, "source: rows: expected a number in [1, inf), got 0"),
         (
@@ -296,6 +302,26 @@ def test_bad_source(tmp_path, change, message):
     write_entry(path, entry | {"source": entry["source"] | change})
     with pytest.raises(InputError, match="^" + re.escape(f"{path}: datasets[0]: {message}")):
         read_recipe(path)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"documents": "name"}, "field 'documents': expected names, got 'name'"),
+        ({"names": {"0": 5}}, "names: field '0': expected str, got 5"),
+        ({"text": ["a", 1]}, "field 'text': expected a list of str, got ['a', 1]"),
+    ],
+)
+def test_bad_classes(tmp_path, change, message):
+    path = tmp_path / "recipe.json"
+    source = {"path": "a", "split": "b", "text": "c", "label": "d"}
+    write_entry(path, nq_entry() | {"source": source | change})
+    where = f"{path}: datasets[0]: source: "
+    with pytest.raises(InputError, match="^" + re.escape(where + message)):
+        read_recipe(path)
+    good = source | {"documents": "names", "names": {"0": "e"}}  # control
+    write_entry(path, nq_entry() | {"source": good})
+    assert read_recipe(path)["datasets"][0]["source"] == good
 
 
 def test_file_or_source(tmp_path):
