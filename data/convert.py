@@ -50,6 +50,9 @@ def prepare(dataset, seed):
     check_outputs(outputs, inputs)
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path.parent):
+        for output in outputs:
+            if not report.exists() and Path(output).exists():
+                raise InputError(f"{output}: is in the way, not from this command")
         earlier = finished(path, report, plan)
         if earlier:
             return f"{path}: already made so: {earlier['counts']['kept']:,} rows"

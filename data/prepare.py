@@ -21,6 +21,11 @@ from data.leakage import OVERLAPS, check_files
 from data.recipes import LABELS, read_recipe
 
 BUILDERS = {"base": base, "minilm": minilm, "sets": sets.build}
+FLAGS = {  # by what the command is to do
+    "with --leakage": ("leakage", "against", "by", "threshold", "out"),
+    "with --recipe": ("recipe", "only", "labels", "out"),
+    "without --recipe and --leakage": ("only",),
+}
 
 
 def main():
@@ -35,21 +40,33 @@ def main():
     flag("--labels", choices=LABELS, help="documents of multi-class and clustering sets")
     flag("--leakage", metavar="ROWS", help="drop the rows too near to a text of --against")
     flag("--against", metavar="FILE")
-    flag("--by", choices=OVERLAPS, default="bm25", help="BM25 score, or runs of 5 words")
-    flag("--threshold", type=float, default=0.8, help="least overlap, 0 to 1, that is dropped")
+    flag("--by", choices=OVERLAPS, help="BM25 score (default), or runs of 5 words")
+    flag("--threshold", type=float, help="least overlap, 0 to 1, that is dropped (default 0.8)")
     args = parser.parse_args()
     if args.leakage:
+        check_flags(args, "with --leakage")
         check_leakage(args)
     elif args.recipe:
+        check_flags(args, "with --recipe")
         prepare_recipe(args)
     else:
+        check_flags(args, "without --recipe and --leakage")
         build(args.only or list(BUILDERS))
+
+
+def check_flags(args, doing):
+    """Refuses flags that would be ignored."""
+    for name, value in vars(args).items():
+        if value is not None and name not in FLAGS[doing]:
+            raise InputError(f"--{name}: expected none {doing}")
 
 
 def check_leakage(args):
     if not args.against:
         raise InputError("--leakage: expected --against too")
-    print(check_files(args.leakage, args.against, args.by, args.threshold, args.out))
+    by = args.by or "bm25"
+    threshold = 0.8 if args.threshold is None else args.threshold
+    print(check_files(args.leakage, args.against, by, threshold, args.out))
 
 
 def prepare_recipe(args):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from data.commands import InputError
-from data.files import digest, read_json
+from data.files import beside, digest, read_json
 from data.rows import KnownPositives, Rows, read_rows
 
 TEMPLATE = 24  # tokens, at most, of what an instruction stands in
@@ -47,6 +47,8 @@ def read_datasets(entries, stage, s, mined=None):
         if mined and Path(mined, path.name).exists():
             check_mined(Path(mined, path.name), path)
             path, shown = Path(mined, path.name), None
+        elif "source" in entry and path.exists():
+            check_prepared(path, entry)
         rows = read_rows(path, shown=shown)
         order = np.random.default_rng(s.seed).permutation(len(rows))
         held = min(s.held_out, len(rows) // 10)
@@ -74,6 +76,17 @@ def read_datasets(entries, stage, s, mined=None):
     if s.kd and not any(has_scores(row) for dataset in datasets for row in dataset.rows):
         raise InputError("kd: expected rows with pos_scores and neg_scores, got none")
     return datasets
+
+
+def check_prepared(path, entry):
+    """Refuses rows that prepare.py made by another entry than the recipe's, or is yet to finish."""
+    report = beside(path, "json")
+    plan = (read_json(report) if report.exists() else {}).get("plan") or {}
+    made_by = plan.get("dataset", {})
+    for field in ("source", "leakage", "samples"):
+        if made_by.get(field) != entry.get(field):
+            message = f"was not made by the recipe's '{field}'; data/prepare.py makes it anew"
+            raise InputError(f"{path}: {message}")
 
 
 def check_mined(path, source):

@@ -13,7 +13,7 @@ from sources import small_recipe
 
 from data import prepare
 from data.commands import InputError
-from data.files import ROOT, json_lines, locked, read_json, write_rows
+from data.files import ROOT, begin, json_lines, locked, read_json, write_rows
 from data.recipes import read_recipe
 from data.rows import read_rows
 
@@ -125,6 +125,11 @@ def test_prepare_overwrites_nothing_of_the_user(tmp_path, monkeypatch):
     with locked(out), pytest.raises(InputError, match="out: in use by another process$"):
         command(monkeypatch, *flags, out)
     assert not contents(out)
+    (out / "Emotion.dropped.jsonl").write_text("mine\n")
+    with pytest.raises(InputError, match="Emotion.dropped.jsonl: is in the way, not from this"):
+        command(monkeypatch, *flags, out)
+    assert contents(out) == {"Emotion.dropped.jsonl": b"mine\n"}
+    (out / "Emotion.dropped.jsonl").unlink()
     command(monkeypatch, *flags, out)  # control
     assert len(contents(out)) == 3
 
@@ -171,6 +176,29 @@ def test_training_finds_what_it_wrote(tmp_path, monkeypatch, capsys):
         train.read_datasets(entries, 2, settings)
 
 
+@pytest.mark.parametrize("field, value", [("samples", 2), ("source", None), ("leakage", None)])
+def test_training_refuses_rows_of_another_recipe(tmp_path, monkeypatch, field, value):
+    """What says which rows there are was changed since, or prepare.py was killed."""
+    recipe = small_recipe(tmp_path / "source")
+    monkeypatch.setenv("NVEMBED_CACHE", str(tmp_path / "cache"))
+    command(monkeypatch, "--recipe", recipe, "--only", "Emotion")
+    (entry,) = [e for e in read_recipe(recipe)["datasets"] if e["name"] == "Emotion"]
+    path, settings = Path(entry["file"]), train.Settings(batch=2, held_out=0)
+    same = entry | {"instruction": "another", "note": "which changes no row"}
+    assert len(train.read_datasets([same], 2, settings)[0].rows) == 23  # control
+    message = f"^{path}: was not made by the recipe's '{field}'; data/prepare.py makes it anew$"
+    changed = entry | {field: value or entry[field] | {"rows": 9}}
+    with pytest.raises(InputError, match=message):
+        train.read_datasets([changed], 2, settings)
+    mined = tmp_path / "mined"
+    mined.mkdir()
+    (mined / path.name).write_bytes(path.read_bytes())  # they take the place of the cache's
+    assert train.read_datasets([changed], 2, settings, mined)
+    begin(path.parent / "Emotion.json")
+    with pytest.raises(InputError, match=f"^{path}: was not made by the recipe's 'source'; "):
+        train.read_datasets([entry], 2, settings)
+
+
 def test_leakage_of_two_files(tmp_path, monkeypatch, capsys):
     """Any rows against any file: counts, the rows kept, and those dropped with what they share."""
     against = ROOT / "data/eval/trec.jsonl.gz"
@@ -189,6 +217,23 @@ def test_leakage_of_two_files(tmp_path, monkeypatch, capsys):
         command(monkeypatch, "--leakage", rows, "--against", tmp_path / "no.jsonl")
     with pytest.raises(InputError, match="^--leakage: expected --against too$"):
         command(monkeypatch, "--leakage", rows)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--against", "x", "--out", "y"], "--out: expected none without --recipe and --leakage"),
+        (["--labels", "names"], "--labels: expected none without --recipe and --leakage"),
+        (["--threshold", "0"], "--threshold: expected none without --recipe and --leakage"),
+        (["--recipe", "r", "--by", "runs"], "--by: expected none with --recipe"),
+        (["--leakage", "x", "--only", "a"], "--only: expected none with --leakage"),
+        (["--leakage", "x", "--recipe", "r"], "--recipe: expected none with --leakage"),
+    ],
+)
+def test_no_flag_is_ignored(monkeypatch, flags, message):
+    monkeypatch.setattr(prepare, "BUILDERS", {})  # nothing is built, whatever happens
+    with pytest.raises(InputError, match=f"^{message}$"):
+        command(monkeypatch, *flags)
 
 
 def test_unknown_part(monkeypatch):
