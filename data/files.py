@@ -50,10 +50,11 @@ def renamed(path):
 def remove_abandoned(parent, prefix):
     """Removes the temporary folders of `renamed` whose process was killed."""
     for folder in parent.glob(glob.escape(prefix) + "*"):
-        young = time.time() - folder.lstat().st_mtime < YOUNG  # perhaps not locked yet
-        if folder.is_dir() and not young:
-            with contextlib.suppress(InputError, OSError), locked(folder):
-                shutil.rmtree(folder)
+        with contextlib.suppress(InputError, OSError):  # its own process may remove it meanwhile
+            young = time.time() - folder.lstat().st_mtime < YOUNG  # perhaps not locked yet
+            if folder.is_dir() and not young:
+                with locked(folder):
+                    shutil.rmtree(folder)
 
 
 def share(path):
@@ -152,7 +153,7 @@ def read_json(path):
     """A JSON object from a file -> dict."""
     try:
         found = json.loads(Path(path).read_text("utf-8"))
-    except (OSError, ValueError) as error:  # not UTF-8 and not JSON are ValueErrors
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, no JSON
         raise InputError(f"{path}: expected a JSON file: {one_line(error)}") from error
     if not isinstance(found, dict):
         raise InputError(f"{path}: expected a JSON object, got {type(found).__name__}")

@@ -56,6 +56,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
         (b"{", "expected a JSON file: "),
         (b"\xff", "expected a JSON file: "),
         (b"[1]", "expected a JSON object, got list"),
+        (b"[" * 10**5, "expected a JSON file: maximum recursion depth exceeded"),
         (None, "expected a JSON file: "),
     ],
 )
@@ -121,6 +122,13 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
         files.write_rows(tmp_path / "rows.jsonl", [ROW])
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {".rows.jsonl.writing", ".rows.jsonl.young", ".rows.jsonl.user", "rows.jsonl"}
+
+
+def test_what_another_thread_removes_meanwhile(tmp_path, monkeypatch):
+    gone = tmp_path / ".rows.jsonl.gone"
+    monkeypatch.setattr(files.Path, "glob", lambda *args: [gone])
+    files.write_rows(tmp_path / "rows.jsonl", [ROW])
+    assert list(read_rows(tmp_path / "rows.jsonl")) == [ROW]
 
 
 def test_locks(tmp_path):
