@@ -8,7 +8,7 @@ from pathlib import Path
 import safetensors.torch
 
 from data.commands import InputError, check_ranges
-from data.files import read_json, renamed, write_json
+from data.files import check_fields, read_json, renamed, write_json
 from data.folders import check_finite, check_shape, folder_to_write, local_folder, read_tensors
 from data.folders import weight_files
 
@@ -18,6 +18,8 @@ NEUTRAL = (  # fields of PEFT's LoRA that change nothing, or that our own fields
     *("bias", "init_lora_weights", "exclude_modules", "megatron_core", "qalora_group_size"),
     "runtime_config",
 )
+NUMBER = (int, float)
+SETTINGS = {"r": int, "lora_alpha": NUMBER, "lora_dropout": NUMBER, "target_modules": list}
 PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal")  # others change the base's weights
 
 
@@ -75,13 +77,13 @@ def adapter_settings(folder):
         found = {name: config[name] for name in variants}
         raise InputError(f"{path}: expected plain LoRA, got {found}")
 
-    kinds = {"r": int, "lora_alpha": int | float, "lora_dropout": int | float}
-    for name, kind in (kinds | {"target_modules": list}).items():
-        if not isinstance(config.get(name), kind):
-            raise InputError(f"{path}: field '{name}': expected {kind}, got {config.get(name)!r}")
-    settings = [config[name] for name in (*kinds, "target_modules")]
-    check_ranges(dict(zip(kinds, settings)), f"{path}: ")
-    return settings
+    settings = {name: config[name] for name in SETTINGS if name in config}
+    check_fields(settings, SETTINGS, {}, path)
+    check_ranges(settings, f"{path}: ")
+    targets = settings["target_modules"]
+    if not all(isinstance(name, str) for name in targets):
+        raise InputError(f"{path}: field 'target_modules': expected names, got {targets}")
+    return list(settings.values())
 
 
 def read_adapter(folder, expected):

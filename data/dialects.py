@@ -10,11 +10,17 @@ from pathlib import Path
 
 from data.adapters import adapter_base, is_adapter
 from data.commands import InputError
-from data.files import read_json, sha256
+from data.files import check_fields, read_json, sha256
 from data.folders import LATENT_FIELDS, local_folder
-from data.peers import added_tokens, check_modules, pooling_fields, read_modules
+from data.peers import added_tokens, check_modules, pooling_fields, read_decoder, read_modules
 
 FAMILIES = ("mistral", "llama", "qwen2", "qwen3", "bidir_mistral")
+LLAMA3 = {  # fields of its rope_scaling: types
+    "factor": (int, float),
+    "low_freq_factor": (int, float),
+    "high_freq_factor": (int, float),
+    "original_max_position_embeddings": (int, float),
+}
 
 
 # ---- config.json
@@ -23,11 +29,10 @@ FAMILIES = ("mistral", "llama", "qwen2", "qwen3", "bidir_mistral")
 def config_fields(folder, names):
     """config.json -> {name: value} of those Config fields (`names`) that the folder states."""
     path = Path(folder, "config.json")
-    raw = read_json(path)
-    text = raw.get("text_config", raw)  # NV-Embed nests the decoder's fields
+    raw, text = read_decoder(folder)
     latent = raw.get("latent_attention_config", {})
-    if not isinstance(text, dict) or not isinstance(latent, dict):
-        raise InputError(f"{path}: field '*_config': expected objects")
+    if not isinstance(latent, dict):
+        raise InputError(f"{path}: field 'latent_attention_config': expected an object")
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}  # transformers 5, before
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     check_architecture(text, rope, rope_type, path)
@@ -38,8 +43,9 @@ def config_fields(folder, names):
     values["rope_scaling"] = rope if rope_type == "llama3" else None
     if "rope_theta" in rope:
         values["rope_theta"] = rope["rope_theta"]
-    if isinstance(values.get("eos_token_id"), list):  # Llama-3 lists several, the text's end first
-        values["eos_token_id"] = values["eos_token_id"][0]
+    eos = values.get("eos_token_id")
+    if isinstance(eos, list) and eos:  # Llama-3 lists several, the text's end first
+        values["eos_token_id"] = eos[0]
     family = text.get("model_type")
     values["qkv_bias"] = family == "qwen2" or values.get("qkv_bias", False)
     values["qk_norm"] = family == "qwen3" or values.get("qk_norm", False)
@@ -78,6 +84,9 @@ def check_architecture(text, rope, rope_type, path):
     for field, value, known in checks:
         if value not in known:
             raise InputError(f"{path}: field '{field}': expected one of {known}, got {value!r}")
+    if rope_type == "llama3":
+        scaling = {name: rope[name] for name in LLAMA3 if name in rope}
+        check_fields(scaling, LLAMA3, {}, f"{path}: rope_scaling")
 
 
 def window_of_layers(text, path):
@@ -100,9 +109,10 @@ def window_of_layers(text, path):
                 f"{path}: fields 'num_hidden_layers' and 'max_window_layers': expected integers"
             )
         kinds = ["full_attention" if i < full else "sliding_attention" for i in range(depth)]
-    if set(kinds) == {"full_attention"}:
+    found = set(map(str, kinds))  # a kind that is no string is refused below
+    if found == {"full_attention"}:
         return None
-    if set(kinds) != {"sliding_attention"}:
+    if found != {"sliding_attention"}:
         raise InputError(f"{path}: field 'layer_types': expected one kind of layer, got {kinds}")
     if text.get("is_causal") is False:
         expected = "expected no sliding_window without causal mask"
@@ -158,7 +168,9 @@ def model_files(folder):
     """
     folder = Path(folder)
     files = []
-    for place in (folder, *[folder / place for _, place in read_modules(folder) if place]):
+    modules = [place for _, place in read_modules(folder) if place]
+    modules.append("1_Pooling")  # it counts without modules.json too
+    for place in (folder, *[folder / place for place in dict.fromkeys(modules)]):
         found = [path for path in place.glob("*.*") if path.suffix in (".json", ".safetensors")]
         files += sorted(found)
     if is_adapter(folder):

@@ -16,7 +16,8 @@ from huggingface_hub import save_torch_state_dict, snapshot_download
 from tokenizers import Tokenizer
 
 from data.commands import InputError, one_line
-from data.files import locked, read_json, remove_abandoned, renamed, share, write_json
+from data.files import check_fields, locked, read_json, remove_abandoned, renamed, share
+from data.files import write_json
 
 DTYPES = ("float32", "bfloat16", "float16")  # of saved weights; oracles compute in float64 too
 QUERY_TEMPLATE = "Instruct: {instruction}\nQuery: "  # the paper's; Qwen3-Embedding's has no space
@@ -80,6 +81,7 @@ def weight_files(folder):
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict):
         raise InputError(f"{index}: field 'weight_map': expected an object, got {places!r}")
+    check_fields(places, {}, dict.fromkeys(places, str), f"{index}: weight_map")
     return [Path(folder, name) for name in sorted(set(places.values()))]
 
 
@@ -159,7 +161,7 @@ def read_tokenizer(folder, c):
     model = read_json(path).get("model")
     if not isinstance(model, dict) or "vocab" not in model:
         raise InputError(f"{path}: expected a tokenizer with a model and its vocab")
-    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer = load_tokenizer(path)
     size = tokenizer.get_vocab_size()
     added = tokenizer.get_added_tokens_decoder().items()
     special = {i for i, token in added if token.special}
@@ -168,6 +170,14 @@ def read_tokenizer(folder, c):
         need = f"expected <= {c.vocab_size} tokens, special {wanted}"
         raise InputError(f"{path}: {need}; got {size}, special {special}")
     return tokenizer
+
+
+def load_tokenizer(path):
+    """tokenizer.json -> Tokenizer."""
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise InputError(f"{path}: expected a tokenizer: {one_line(error)}") from error
 
 
 # ---- the released layout

@@ -9,11 +9,9 @@ import json
 import re
 from pathlib import Path
 
-from tokenizers import Tokenizer
-
 from data.commands import InputError, one_line, optional_package
-from data.files import read_json
-from data.folders import QUERY_TEMPLATE
+from data.files import check_fields, read_json
+from data.folders import QUERY_TEMPLATE, load_tokenizer
 
 COMPUTED = ("Transformer", "Pooling", "Normalize")  # modules of theirs that nvembed computes
 POOLINGS = {"mean": "mean", "lasttoken": "eos"}  # their name -> ours
@@ -25,6 +23,18 @@ OLD_POOLINGS = {  # before version 6: a flag for each
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
+DECODER = {  # fields of config.json that are used before nvembed.Config checks its own: type
+    "hidden_size": int,
+    "num_hidden_layers": int,
+    "num_attention_heads": int,
+    "num_key_value_heads": int,
+    "head_dim": int,
+    "max_position_embeddings": int,
+    "layer_types": list,
+    "rope_parameters": dict,
+    "rope_scaling": dict,
+}
+PROMPTS = {"prompts": dict, "default_prompt_name": str}
 NEUTRAL_SETTINGS = ("max_seq_length", "transformer_task", "modality_config", "module_output_name")
 PROMPT = re.compile(r"Instruct: .*(\nQuery: ?)", re.DOTALL)  # of a query
 
@@ -40,6 +50,26 @@ def read_modules(folder):
     except (OSError, ValueError, TypeError, KeyError) as error:
         expected = "expected a JSON list of modules with type and path"
         raise InputError(f"{path}: {expected}: {one_line(error)}") from error
+
+
+def read_decoder(folder):
+    """config.json -> (the whole of it, the decoder's fields, which NV-Embed nests)."""
+    path = Path(folder, "config.json")
+    raw = read_json(path)
+    text = raw.get("text_config", raw)
+    if not isinstance(text, dict):
+        raise InputError(f"{path}: field 'text_config': expected an object, got {text!r}")
+    for name, value in check_stated(text, DECODER, path).items():
+        if isinstance(value, int) and value < 1:
+            raise InputError(f"{path}: field '{name}': expected 1 or more, got {value}")
+    return raw, text
+
+
+def check_stated(found, types, where):
+    """Checks those of {field: type} that an object states -> them; null counts as missing."""
+    stated = {name: found[name] for name in types if found.get(name) is not None}
+    check_fields(stated, {}, types, where)
+    return stated
 
 
 def check_modules(folder):
@@ -89,8 +119,7 @@ def pooling_fields(folder, decoder):
         raise InputError(f"{path}: field 'include_prompt': expected true, got false")
     normalized = any(kind.endswith(".Normalize") for kind, _ in modules)
 
-    text = read_json(Path(decoder, "config.json"))
-    text = text.get("text_config", text)
+    _, text = read_decoder(decoder)
     values = {
         "causal": text.get("is_causal", text.get("model_type") != "bidir_mistral"),
         "pooling": POOLINGS[mode],
@@ -113,6 +142,7 @@ def template_of_prompts(folder, normalized):
     """
     path = Path(folder, "config_sentence_transformers.json")
     raw = read_json(path) if path.exists() else {}
+    check_stated(raw, PROMPTS, path)
     prompts = raw.get("prompts") or {}
     endings = set()
     for name, prompt in prompts.items():
@@ -149,7 +179,7 @@ def stated_length(folder, text):
     settings = read_json(path) if path.exists() else {}
     stated = [raw.get("max_seq_length"), settings.get("model_max_length")]
     stated = [length for length in stated if isinstance(length, int | float) and length > 0]
-    return int(min([*stated[:1], text.get("max_position_embeddings", 512)]))
+    return int(min([*stated[:1], text.get("max_position_embeddings") or 512]))
 
 
 def added_tokens(folder):
@@ -162,7 +192,7 @@ def added_tokens(folder):
     if settings.get("truncation_side", "right") != "right":
         raise InputError(f"{folder}/tokenizer_config.json: field 'truncation_side': expected right")
     added = read_json(Path(folder, "tokenizer.json")).get("post_processor")
-    tokenizer = Tokenizer.from_file(str(Path(folder, "tokenizer.json")))
+    tokenizer = load_tokenizer(Path(folder, "tokenizer.json"))
     if added is None:
         return tuple(flagged_token(tokenizer, settings, kind) for kind in ("bos", "eos"))
     tokenizer.no_padding()

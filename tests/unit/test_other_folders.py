@@ -10,7 +10,9 @@ from small_suite import error, suite  # noqa: F401
 import eval as evaluation
 import nvembed
 from data.commands import InputError
-from data.adapters import adapter_base
+from data.adapters import adapter_base, adapter_settings
+from data.dialects import content_hash
+from data.files import read_json, write_json
 from nvembed import NVEmbed
 
 
@@ -33,6 +35,22 @@ def test_an_adapter_with_another_tokenizer(base, adapter):
     path.write_text(json.dumps(found | {"normalizer": {"type": "Lowercase"}}))
     with pytest.raises(InputError, match="tokenizer.json: expected that of the base"):
         NVEmbed.from_pretrained(adapter, pooling="mean")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"r": True}, "field 'r': expected int, got True"),
+        ({"lora_alpha": None}, "field 'lora_alpha': expected int or float, got None"),
+        ({"target_modules": [["q"]]}, "field 'target_modules': expected names, got [['q']]"),
+    ],
+)
+def test_odd_settings_of_an_adapter(change, message, adapter):
+    path = adapter / "adapter_config.json"
+    write_json(path, json.loads(path.read_text()) | change)
+    with pytest.raises(InputError) as caught:
+        adapter_settings(adapter)
+    assert str(caught.value) == f"{path}: {message}"
 
 
 def test_a_folder_is_a_model_or_an_adapter(base, adapter, tmp_path):
@@ -79,3 +97,50 @@ def test_two_words_for_one_setting(suite, monkeypatch, capsys):  # noqa: F811
         message = error(monkeypatch, capsys, "--model", spec)
         assert f"--model {spec}: expected one word for a setting, got two" in message
     assert evaluation.split_spec("model:mean:causal") == ("model", ["mean", "causal"])  # control
+
+
+# ---- sentence-transformers
+
+
+@pytest.fixture
+def pooled(base, tmp_path):
+    """A base beside 1_Pooling, without modules.json: it pools by the mean."""
+    folder = shutil.copytree(base, tmp_path / "pooled")
+    write_json(folder / "1_Pooling/config.json", {"pooling_mode": "mean"})
+    return folder
+
+
+def test_how_a_folder_pools_is_part_of_its_hash(pooled):
+    before = content_hash(pooled)
+    assert NVEmbed.from_pretrained(pooled).config.pooling == "mean"
+    write_json(pooled / "1_Pooling/config.json", {"pooling_mode": "lasttoken"})
+    assert NVEmbed.from_pretrained(pooled).config.pooling == "eos"
+    assert content_hash(pooled) != before
+
+
+def test_a_folder_that_states_no_length(pooled):
+    path = pooled / "config.json"
+    write_json(path, read_json(path) | {"max_position_embeddings": None})
+    assert NVEmbed.from_pretrained(pooled).config.max_seq_length == 512
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompts": ["x"]}, "field 'prompts': expected dict, got ['x']"),
+        ({"default_prompt_name": ["x"]}, "field 'default_prompt_name': expected str, got ['x']"),
+    ],
+)
+def test_odd_prompts(change, message, pooled):
+    path = pooled / "config_sentence_transformers.json"
+    write_json(path, change)
+    with pytest.raises(InputError) as caught:
+        NVEmbed.from_pretrained(pooled)
+    assert str(caught.value) == f"{path}: {message}"
+
+
+def test_a_tokenizer_that_the_library_cannot_read(pooled):
+    write_json(pooled / "tokenizer_config.json", {})
+    write_json(pooled / "tokenizer.json", {})
+    with pytest.raises(InputError, match="pooled/tokenizer.json: expected a tokenizer: "):
+        NVEmbed.from_pretrained(pooled)
