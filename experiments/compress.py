@@ -273,7 +273,8 @@ def change(before, after):
 
 def calibration_tokens(model, recipe, count, s):
     """The texts that a first training step of `count` rows would see -> list of Tokens."""
-    datasets = read_datasets(recipe["datasets"], 2, s)  # recovery, too, is on the rows of stage 2
+    plain = replace(s, in_batch=True, kd=0.0)  # rows without negatives or scores will do
+    datasets = read_datasets(recipe["datasets"], 2, plain)  # recovery, too, is on those of stage 2
     rows = [dataset.rows for dataset in datasets]
     sizes = [len(part) for part in rows]
     first_step = replace(s, batch=min(count, sum(sizes)), batching="blended")
@@ -311,6 +312,8 @@ def check_arguments(args):
     out = Path(args.out)
     if out.exists() and Path(args.model).exists() and out.samefile(args.model):
         raise InputError(f"--out {out}: would overwrite the model; use another")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out}: expected a folder, got a file")
     content = sorted(path.name for path in out.glob("[!.]*"))
     if content and MARK not in content:
         expected = "expected a new folder, an empty one or one of this command"

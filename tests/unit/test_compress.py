@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from helpers import SMALL
+from helpers import SMALL, some_rows
 from safetensors.torch import load_file
 
 import nvembed
 from data.base import resolve
 from data.commands import InputError, run_command
+from data.files import write_rows
 from data.rows import read_rows
 from experiments import compress
 from nvembed import NVEmbed
@@ -304,6 +305,24 @@ def test_no_folder_of_others_is_written_over(recipe, base, tmp_path):
     for _ in range(2):
         code, _, err = command(recipe, model, tmp_path / "out", *flags)
         assert code == 0, err
+
+
+def test_a_file_is_no_folder_to_write(recipe, base, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    code, _, err = command(recipe, base, tmp_path / "out", "--prune", "magnitude")
+    assert code == 2 and err == f"error: --out {tmp_path}/out: expected a folder, got a file\n"
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_rows_without_negatives_or_scores(recipe, base, tmp_path):
+    """Training needs them, in mined rows; their texts are calibrated on as they are."""
+    found = json.loads(recipe.read_text())
+    write_rows(tmp_path / "rows.jsonl", some_rows(16, negatives=0))
+    found["datasets"][0]["file"] = str(tmp_path / "rows.jsonl")
+    found["stages"]["3"] |= {"in_batch": False, "kd": 1.0}
+    (tmp_path / "recipe.json").write_text(json.dumps(found))
+    code, out, err = command(tmp_path / "recipe.json", base, tmp_path / "out", "--prune", "wanda")
+    assert code == 0 and "50.0% of their weights are zero" in out, err
 
 
 def test_unknown_method(recipe, base, tmp_path):
