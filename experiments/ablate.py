@@ -35,14 +35,14 @@ if not __package__:  # python experiments/ablate.py
     sys.path.append(str(ROOT))
 
 from data.commands import InputError, run_command
-from data.files import read_json, write_json
-from data.recipes import read_recipe
+from data.files import digest, read_json, write_json
+from data.recipes import apply_preset, read_recipe
 from data.tasks import find_tasks
 from eval import PUBLISHED, evaluate, flags, load, markdown, number, run_on_ranks, split_spec
 
 ABLATIONS = ROOT / "experiments/ablations.json"
 LOCKS = {}  # result of a command: held while the command runs
-DONE = set()  # folders that commands of this process have written
+DONE = set()  # commands that this process has run
 
 
 # ---- grids
@@ -58,6 +58,8 @@ def run_grid(name, declared, folder, jobs):
     models = list(dict.fromkeys(models))  # grids share cells
 
     cells = dict.fromkeys(split_spec(model)[0] for model in models)
+    for cell in cells:
+        cell_recipe(cell, declared)  # refuses a typo before anything is trained
     todo = [(folder / cell, seed, declared) for cell in cells for seed in range(declared["seeds"])]
     with ThreadPoolExecutor(jobs) as pool:
         done = pool.map(run_cell, *zip(*todo))  # after an error nothing more is started
@@ -68,11 +70,9 @@ def run_grid(name, declared, folder, jobs):
 
 def run_cell(folder, seed, declared):
     """Runs the steps of a cell and links FOLDER/SEED to the model that the last one wrote."""
-    cell = declared["cells"][folder.name]
-    recipe = read_recipe(ROOT / "data/local.json", declared["preset"], cell.get("labels"))
+    recipe = cell_recipe(folder.name, declared)
     recipe["seed"] = seed
-    without = cell.get("without", [])
-    recipe["datasets"] = [data for data in recipe["datasets"] if data["name"] not in without]
+    cell = declared["cells"][folder.name]
     settings = cell.get("settings", {})
     mined = ()
     if "mine" in cell:
@@ -96,6 +96,18 @@ def run_cell(folder, seed, declared):
     link = folder / str(seed)
     link.unlink(missing_ok=True)
     link.symlink_to(model)
+
+
+def cell_recipe(name, declared):
+    """The recipe of a cell, by its "labels" and "without"."""
+    cells = declared["cells"]
+    if name not in cells:
+        raise InputError(f"{ABLATIONS}: grids: expected cells of {list(cells)}, got {name!r}")
+    cell = cells[name]
+    recipe = read_recipe(ROOT / "data/local.json", declared["preset"], cell.get("labels"))
+    changes = {"without": cell.get("without", [])}
+    apply_preset(recipe, changes, f"{ABLATIONS}: cells: {name}")
+    return recipe
 
 
 def mine(rule, recipe, folder):
@@ -133,11 +145,16 @@ def stage_recipe(recipe, stage, changes):
 
 
 def name_run(runs, recipe, model, more):
-    """The folder for what a recipe, a model to begin with and further flags determine.
+    """The folder for what a recipe, its rows, a model to begin with and further flags determine.
 
     -> (the folder, the recipe's file beside it)
     """
-    identity = f"{json.dumps(recipe, indent=2)} {model} {more}"
+    files = [Path(data["file"]) for data in recipe["datasets"]]
+    if "--mined" in more:
+        mined = more[more.index("--mined") + 1]
+        files += [Path(mined, file.name) for file in files]
+    rows = [digest(file) for file in files if file.exists()]  # not every set is mined
+    identity = f"{json.dumps(recipe, indent=2)} {model} {more} {rows}"
     folder = runs / hashlib.sha256(identity.encode()).hexdigest()[:12]
     file = folder.with_suffix(".json")
     write_json(file, recipe)
@@ -154,29 +171,32 @@ def execute(command, folder):
     line = [sys.executable, *[str(argument) for argument in command]]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     with LOCKS.setdefault(folder, threading.Lock()):  # another cell may need the same
-        if folder in DONE:
+        if tuple(line) in DONE:
             return
         with log.open("a") as out:
             done = subprocess.run(line, check=False, stdout=out, stderr=out, env=env, cwd=ROOT)
         if done.returncode != 0:
             end = " ".join(log.read_text().split())[-300:]
             raise InputError(f"{log}: exit status {done.returncode}: {end}")
-        DONE.add(folder)
+        DONE.add(tuple(line))
 
 
 # ---- the compact table
 
 
-def compare(specs, args):
-    """Evaluates models, prints their compact table -> {spec: {row: main scores, one a seed}}."""
+def compare(specs, args, seeds=None):
+    """Evaluates models, prints their compact table -> {spec: {row: main scores, one a seed}}.
+
+    `seeds` is how many runs of a folder are compared, by default all.
+    """
     tasks = find_tasks(args.suite, args.task, args.limit)
-    models = {spec: [load(run, args) for run in runs_by_seed(spec)] for spec in specs}
+    models = {spec: [load(run, args) for run in runs_by_seed(spec)[:seeds]] for spec in specs}
     if not tasks:
         return {}
     results = {}
     for spec, runs in models.items():
-        seeds = [evaluate(run, tasks, args) for run in runs]
-        results[spec] = {row: [scores[row][0] for scores in seeds] for row in seeds[0]}
+        found = [evaluate(run, tasks, args) for run in runs]
+        results[spec] = {row: [scores[row][0] for scores in found] for row in found[0]}
 
     peers = {}
     for spec in specs:
@@ -194,8 +214,8 @@ def runs_by_seed(spec):
     """A model's name -> names of models: itself, or the runs of a folder with one for each seed."""
     path, words = split_spec(spec)
     runs = [config.parent for config in Path(path).glob("*/config.json")]
-    runs = sorted(str(run) for run in runs if run.name.isdecimal())
-    return [":".join([run, *words]) for run in runs or [path]]
+    runs = sorted((run for run in runs if run.name.isdecimal()), key=lambda run: int(run.name))
+    return [":".join([str(run), *words]) for run in runs or [path]]
 
 
 def compact_table(rows, results, peers):
@@ -221,15 +241,16 @@ def over_seeds(scores):
 
 def work(args):
     if args.compare:
-        compare(list(dict.fromkeys(args.compare)), args)
+        compare(list(dict.fromkeys(args.compare)), args, args.seeds)
         return
     declared = read_json(ABLATIONS)
-    folder = Path(args.out).resolve() / "ablations"
-    if args.seeds is not None:
-        declared["seeds"] = args.seeds
-    models = run_grid(args.grid, declared, folder, args.jobs)
     flags().parse_args(declared["evaluation"], args)  # over the flags that were given
-    compare(models, args)
+    if not find_tasks(args.suite, args.task, args.limit):  # before hours of training
+        return
+    declared["seeds"] = args.seeds or declared["seeds"]
+    folder = Path(args.out).resolve() / "ablations"
+    models = run_grid(args.grid, declared, folder, args.jobs)
+    compare(models, args, declared["seeds"])
 
 
 def main():
@@ -240,7 +261,7 @@ def main():
         "--compare", nargs="+", metavar="RUN", help="runs, or folders of runs by seed"
     )
     parser.add_argument("--jobs", type=int, default=1, help="commands of a grid run at once")
-    parser.add_argument("--seeds", type=int, help="runs of a cell, in place of the grid's number")
+    parser.add_argument("--seeds", type=int, help="runs of a cell; default: the grid's, or all")
     run_on_ranks(work, parser.parse_args())
 
 

@@ -11,7 +11,7 @@ import pytest
 import train
 from small_suite import FakeModel, cells, error, output, suite  # noqa: F401
 
-from data.files import read_json
+from data.files import read_json, write_json, write_rows
 from data.recipes import read_recipe
 from eval import PUBLISHED, SETTINGS
 from experiments import ablate
@@ -147,6 +147,8 @@ def test_a_grid_with_fewer_seeds(commands, monkeypatch, capsys):
     assert "±" not in table["reversed"][0]
     message = error(monkeypatch, capsys, "--grid", "stages", "--seeds", "0", main=ablate.main)
     assert message == "error: --seeds: expected a number in [1, inf), got 0"
+    output(monkeypatch, capsys, "--grid", "stages", "--seeds", "2", main=ablate.main)
+    assert shown(monkeypatch, capsys, "--grid", "stages", "--seeds", "1") == table  # of one seed
 
 
 def test_a_grid_at_some_dims(commands, suite, monkeypatch, capsys):
@@ -206,11 +208,67 @@ def test_a_run_is_named_by_all_that_makes_it(tmp_path):
     """Recipe, beginning, mined rows; the recipe stands beside the run."""
     recipe = {"base": "smollm2:8", "seed": 0, "datasets": [], "stages": {"1": {"steps": 14}}}
     run, file = ablate.name_run(tmp_path, recipe, "smollm2:8", ())
-    assert run == tmp_path / "158221186f77"
+    assert run == tmp_path / "a253e843f945"
     assert not run.exists()
     assert read_json(file) == recipe
     mined = ("--mined", Path("/x/mined"))
-    assert ablate.name_run(tmp_path, recipe, Path("/x/run"), mined)[0].name == "75cd8b48bc8f"
+    assert ablate.name_run(tmp_path, recipe, Path("/x/run"), mined)[0].name == "f8c70f82f1e9"
+
+
+def test_a_run_is_named_by_the_content_of_its_rows(tmp_path):
+    """The recipe's and the mined ones; runs are shared as long as both are the same."""
+    for name in ("rows.jsonl", "mined/rows.jsonl"):
+        write_rows(tmp_path / name, [{"query": "q", "pos": ["p"]}])
+    recipe = {"datasets": [{"file": str(tmp_path / "rows.jsonl")}]}
+    mined = ("--mined", tmp_path / "mined")
+
+    def names():
+        return [ablate.name_run(tmp_path, recipe, "model", more)[0] for more in ((), mined)]
+
+    before = names()
+    write_rows(tmp_path / "mined/rows.jsonl", [{"query": "q", "pos": ["p"], "neg": ["n"]}])
+    after_mining = names()
+    assert after_mining[0] == before[0] and after_mining[1] != before[1]
+    write_rows(tmp_path / "rows.jsonl", [{"query": "q", "pos": ["other"]}])
+    assert not set(names()) & {*before, *after_mining}
+
+
+# ---- own cells
+
+
+def declare(**changes):
+    """Cells of one step in place of the declared ones, and a grid "own" of them all."""
+    cells = {name: {"steps": [{"stage": 1}]} | cell for name, cell in changes.items()}
+    own = {"seeds": 1, "evaluation": ["--task=sts"], "grids": {"own": list(cells)}, "cells": cells}
+    ablate.ABLATIONS.write_text(json.dumps(DECLARED | own))
+
+
+def test_cells_of_one_rule_and_other_sets_mine_both(commands, monkeypatch, capsys):
+    mine = ["--rule", "naive"]
+    declare(few={"mine": mine, "without": ["wikipedia_title"]}, all={"mine": mine})
+    output(monkeypatch, capsys, "--grid", "own", main=ablate.main)
+    mined = [line[line.index("--data") + 1 :] for line in commands.ran if line[0] == "mine.py"]
+    assert len(mined) == 2 and set(mined[0]) < set(mined[1])
+    assert {Path(file).name for file in set(mined[1]) - set(mined[0])} == {
+        "wikipedia_title.jsonl.gz"
+    }
+
+
+def test_typos_are_refused_before_anything_is_trained(commands, monkeypatch, capsys):
+    declare(good={}, bad={"without": ["title"]})
+    message = error(monkeypatch, capsys, "--grid", "own", main=ablate.main)
+    assert "ablations.json: cells: bad: without: expected one of [" in message
+    assert message.endswith("got 'title'")
+
+    own = read_json(ablate.ABLATIONS)
+    write_json(ablate.ABLATIONS, own | {"grids": {"own": ["good", "goood:int8"]}})
+    message = error(monkeypatch, capsys, "--grid", "own", main=ablate.main)
+    assert message.endswith("grids: expected cells of ['good', 'bad'], got 'goood'")
+
+    write_json(ablate.ABLATIONS, own | {"evaluation": []})
+    message = error(monkeypatch, capsys, "--grid", "own", "--task", "typo", main=ablate.main)
+    assert message.startswith("error: --task typo: expected one of all, ")
+    assert not commands.ran
 
 
 def test_a_grid_that_is_not_there(commands, monkeypatch, capsys):
@@ -248,12 +306,13 @@ def test_seeds_are_averaged_with_their_deviation_and_the_papers_row(suite, monke
 
 
 def test_what_a_models_name_stands_for(tmp_path):
-    for run in ("0", "1", "1_Pooling", "kept_000010"):
+    for run in ("10", "0", "2", "1_Pooling", "kept_000010"):
         (tmp_path / run).mkdir()
         (tmp_path / run / "config.json").write_text("{}")
     cell = str(tmp_path)
-    assert ablate.runs_by_seed(cell) == [f"{cell}/0", f"{cell}/1"]
-    assert ablate.runs_by_seed(f"{cell}:int8") == [f"{cell}/0:int8", f"{cell}/1:int8"]
+    assert ablate.runs_by_seed(cell) == [f"{cell}/0", f"{cell}/2", f"{cell}/10"]
+    with_word = [f"{cell}/0:int8", f"{cell}/2:int8", f"{cell}/10:int8"]
+    assert ablate.runs_by_seed(f"{cell}:int8") == with_word
     assert ablate.runs_by_seed(f"{cell}/0:mean") == [f"{cell}/0:mean"]
     assert ablate.runs_by_seed("smollm2:8:mean") == ["smollm2:8:mean"]
     assert ablate.runs_by_seed("bm25") == ["bm25"]
