@@ -1,6 +1,6 @@
 """Hard negatives for stage 2 (section 4.1.1 of the paper; NV-Retriever, arXiv 2407.15831).
 
-    python mine.py                # teacher runs/stage1, retrieval sets of stage 2 -> runs/mined
+    python mine.py                # teacher runs/stage1, retrieval and STS of stage 2 -> runs/mined
     python mine.py --model intfloat/e5-mistral-7b-instruct --data my.jsonl --corpus wiki.jsonl.gz
     torchrun --nproc-per-node 8 mine.py       # the same files, written by 8 ranks
 
@@ -464,7 +464,7 @@ def main():
     flag = parser.add_argument
     flag("--model", nargs="+", default=["runs/stage1"], help="folders, hub ids, minilm, smollm2")
     flag("--recipe", default=str(files.ROOT / "data" / "local.json"))
-    flag("--data", nargs="+", help="own rows instead of the retrieval sets of the recipe's stage 2")
+    flag("--data", nargs="+", help="own rows instead of the recipe's retrieval and sts sets")
     flag("--columns", help="of --data, by their names: query=a,pos=b; default: known names")
     flag("--corpus", nargs="+", default=[], help='more documents: lines of {"text": str} or rows')
     flag("--out", default="runs/mined", help="folder for the mined rows")

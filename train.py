@@ -60,7 +60,7 @@ from nvembed import NVEmbed, check_dims, pack, shorten
 
 @dataclass
 class Settings:
-    """One stage. Defaults are the paper's or, where it is silent, assumptions (README).
+    """One stage. Defaults are the paper's or, where it is silent, assumptions (RESULTS.md).
 
     A recipe's stage overrides the defaults; a command-line flag of the same name overrides both.
     """

@@ -134,13 +134,15 @@ class Flags(argparse.ArgumentParser):
     def add_settings(self, settings):
         """A flag for each field of a dataclass; one that is not given is None."""
         for field in fields(settings):
-            name = "--" + field.name.replace("_", "-")
+            kind = {"type": field.type}
+            default = field.default
             if field.type is bool:
-                self.add_argument(name, action=argparse.BooleanOptionalAction, default=None)
+                kind = {"action": argparse.BooleanOptionalAction}
             elif field.type is list:
-                self.add_argument(name, type=int, nargs="*", default=None)
-            else:
-                self.add_argument(name, type=field.type, default=None)
+                kind, default = {"type": int, "nargs": "*"}, "none"
+            name = "--" + field.name.replace("_", "-")
+            shown = f"the recipe's, else {default}"
+            self.add_argument(name, **kind, default=None, help=shown)
 
     def parse_args(self, *args, **kwargs):
         found = super().parse_args(*args, **kwargs)

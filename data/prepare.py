@@ -80,7 +80,8 @@ def prepare_recipe(args):
         if name not in chosen:
             continue
         if "source" not in entry:
-            print(f"{entry['file']}: as it is")
+            found = "as it is" if Path(entry["file"]).exists() else "missing"
+            print(f"{entry['file']}: {found}. {entry.get('note', '')}")
             continue
         if args.out:
             for key in ("file", "corpus"):

@@ -1,8 +1,8 @@
 """What has to be set before torch is imported: every command begins with this.
 
 PyTorch's CPU products are shared out to threads by libgomp, whose idle threads spin for
-milliseconds. Beside another program on the same cores that costs a factor of 5 to 10. A shorter
-wait costs an idle machine little: tests/BENCH.md. libgomp reads it once, when it is loaded.
+milliseconds. Beside another program on the same cores that costs more than half of the speed. A
+shorter wait costs an idle machine little: tests/BENCH.md. libgomp reads it once, when it is loaded.
 
 Importing takes seconds: Ctrl-C in one of our commands is no traceback then either.
 """

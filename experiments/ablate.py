@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if not __package__:  # python experiments/ablate.py
     sys.path.append(str(ROOT))
 
+import data.threads  # before torch
 from data.commands import InputError, run_command
 from data.files import digest, read_json, write_json
 from data.recipes import apply_preset, read_recipe
@@ -256,7 +257,7 @@ def work(args):
 def main():
     parser = flags(__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--grid", help="of ablations.json, or all: run what is missing, compare")
+    what.add_argument("--grid", help="of ablations.json, with its evaluation; or all")
     what.add_argument(
         "--compare", nargs="+", metavar="RUN", help="runs, or folders of runs by seed"
     )

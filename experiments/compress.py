@@ -18,10 +18,16 @@ until kernels and files know about zeros. One with fewer blocks is both.
 S tokens of a packed batch, D model width; a weight is (out, in).
 """
 
-import functools
 import sys
-from dataclasses import replace
 from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the script runs from any folder
+
+import data.threads  # before torch
+
+import functools
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -29,9 +35,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # the script runs from any folder
 
 import nvembed
 import train

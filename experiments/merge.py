@@ -21,16 +21,19 @@ The mean of others embeds nothing.
 Inputs are mapped from their files: memory holds the merged model, and one tensor of each.
 """
 
-import math
 import sys
-from dataclasses import asdict
 from pathlib import Path
-
-import torch
-from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the script runs from any folder
+
+import data.threads  # before torch
+
+import math
+from dataclasses import asdict
+
+import torch
+from tqdm import tqdm
 
 import nvembed
 from data.base import resolve

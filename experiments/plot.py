@@ -9,17 +9,20 @@ The scores are those of eval.py, whose flags are known here too; the latents are
 Needs matplotlib.
 """
 
-import math
-import re
 import sys
-from collections import defaultdict
 from pathlib import Path
-
-import numpy as np
-import torch
 
 if not __package__:  # python experiments/plot.py
     sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+import data.threads  # before torch
+
+import math
+import re
+from collections import defaultdict
+
+import numpy as np
+import torch
 
 from data.commands import InputError, optional_package, run_command
 from data.files import json_lines

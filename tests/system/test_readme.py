@@ -24,7 +24,7 @@ from conftest import ROOT
 
 DOCUMENTS = ("README.md", "data/README.md", "experiments/RESULTS.md", "tests/BENCH.md")
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in DOCUMENTS}
-OTHER_PROGRAMS = ("pip", "tar", "huggingface-cli")  # in blocks, beside our own commands
+OTHER_PROGRAMS = ("pip", "tar", "hf")  # in blocks, beside our own commands
 
 NOT_RUN = {  # a part of a command of README.md, and what it needs
     "pip install": "an environment of its own",

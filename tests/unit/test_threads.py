@@ -24,3 +24,16 @@ def test_spinning(given, expected):
     line = [sys.executable, "-c", SHOW]
     done = subprocess.run(line, cwd=ROOT, env=clean | given, capture_output=True, text=True)
     assert done.stdout.strip() == expected, done.stderr
+
+
+COMMANDS = ("nvembed.py", "train.py", "mine.py", "eval.py")
+EXPERIMENTS = ("ablate.py", "compress.py", "merge.py", "plot.py")
+
+
+@pytest.mark.parametrize("script", (*COMMANDS, *[f"experiments/{name}" for name in EXPERIMENTS]))
+def test_it_is_set_before_torch_is_imported(script):
+    lines = (ROOT / script).read_text().splitlines()
+    imports = [line for line in lines if line.startswith(("import ", "from "))]
+    before = imports[: imports.index("import data.threads  # before torch")]
+    loading_torch = ("torch", "data.", "nvembed", "mteb", "eval ", "train")
+    assert not [line for line in before for name in loading_torch if name in line]
