@@ -266,8 +266,8 @@ def rope_tables(c, lengths, device, dtype):
     """Cosine (S, 1, 1, K/2) and -sine, sine (S, 1, 2, K/2) of each token's position in its text."""
     exponents = torch.arange(0, c.head_dim, 2, device=device, dtype=torch.float32) / c.head_dim
     frequencies = scale_frequencies(c.rope_theta**-exponents, c.rope_scaling)
-    positions = np.concatenate([np.arange(length, dtype=np.float32) for length in lengths])
-    angles = torch.outer(torch.from_numpy(positions).to(device), frequencies)[:, None, None]
+    positions = torch.cat([torch.arange(length, dtype=torch.float32) for length in lengths])
+    angles = torch.outer(positions.to(device, non_blocking=True), frequencies)[:, None, None]
     sine = angles.sin()
     return angles.cos().to(dtype), torch.cat((-sine, sine), dim=2).to(dtype)
 
@@ -317,6 +317,9 @@ def attend(q, k, v, lengths, causal, window=None):
     return torch.cat(out).to(q.dtype)
 
 
+GROUPED_QUERIES = "enable_gqa" in inspect.signature(varlen_attn).parameters  # not in torch 2.11
+
+
 def has_varlen_kernel(q):
     """Whether PyTorch's attention over packed texts runs on this device, dtype and head width."""
     if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16) or q.shape[-1] > 256:
@@ -329,10 +332,8 @@ def attend_varlen(q, k, v, lengths, causal, window):
     before = window - 1 if window else -1  # how many tokens back and on are seen, -1: all
     after = 0 if causal else -1
     ends, longest = cumulative_lengths(lengths, q.device), max(lengths)
-    options = {"window_size": (before, after)}
-    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
-        options["enable_gqa"] = True
-    else:  # torch 2.11
+    options = {"window_size": (before, after)} | ({"enable_gqa": True} if GROUPED_QUERIES else {})
+    if not GROUPED_QUERIES:
         k, v = [x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v)]
     return varlen_attn(q, k, v, ends, ends, longest, longest, **options)
 
@@ -340,7 +341,8 @@ def attend_varlen(q, k, v, lengths, causal, window):
 @functools.lru_cache(maxsize=1024)  # copied to the GPU once, not in each layer
 @torch.inference_mode(False)  # training may use it next
 def cumulative_lengths(lengths, device):
-    return torch.tensor((0, *itertools.accumulate(lengths)), dtype=torch.int32, device=device)
+    ends = torch.tensor((0, *itertools.accumulate(lengths)), dtype=torch.int32)
+    return ends.to(device, non_blocking=True)
 
 
 def attend_sdpa(q, k, v, causal, window):
@@ -556,17 +558,19 @@ class LatentAttention(nn.Module):
 def pool(hidden, tokens, pooling):
     """hidden (S, D) of B packed texts -> (B, D): the mean of a text's tokens, or its last one.
 
-    The mean leaves out a text's first `not_pooled` tokens: see `tokenize`. It is a product with a
-    matrix of weights, which has two kernels where a loop over the texts has hundreds.
+    The mean leaves out a text's first `not_pooled` tokens: see `tokenize`. It is a product with the
+    matrix of which token is pooled for which text: few kernels, where a loop has hundreds.
     """
     ends = list(itertools.accumulate(len(text.ids) for text in tokens))
     if pooling == "eos":
         return hidden[[end - 1 for end in ends]]
-    weights = torch.zeros(len(tokens), len(hidden), dtype=hidden.dtype)  # (B, S)
-    for row, text, end in zip(weights, tokens, ends, strict=True):
-        count = len(text.ids) - text.not_pooled
-        row[end - count : end] = 1 / count
-    return weights.to(hidden.device) @ hidden
+    owners = torch.full((len(hidden),), -1)  # (S,): the text that a token is pooled for
+    for i, (text, end) in enumerate(zip(tokens, ends, strict=True)):
+        owners[end - len(text.ids) + text.not_pooled : end] = i
+    owners = owners.to(hidden.device, non_blocking=True)
+    texts = torch.arange(len(tokens), device=hidden.device)[:, None]  # (B, 1)
+    pooled = (texts == owners).to(hidden.dtype)  # (B, S)
+    return pooled @ hidden / pooled.sum(dim=1, keepdim=True)
 
 
 def shorten(x, dims):
@@ -601,7 +605,8 @@ class NVEmbed(nn.Module):
         """B Tokens, as one packed batch -> unit vectors (B, D), fp32."""
         packed = [*tokens, *self.padding(tokens)]
         lengths = tuple(len(text.ids) for text in packed)
-        ids = torch.from_numpy(np.concatenate([text.ids for text in packed])).to(self.device)
+        ids = torch.from_numpy(np.concatenate([text.ids for text in packed]))
+        ids = ids.to(self.device, non_blocking=True)
         hidden = self.embedding_model(ids, lengths, self.dtype)  # (S, D)
         if self.config.pooling in ("latent", "self"):
             hidden = self.latent_attention_model(hidden, lengths, folded)
@@ -650,24 +655,20 @@ class NVEmbed(nn.Module):
         def tokens_of(chunk):
             return self.tokenize(texts[chunk], tasks[chunk], max_length)
 
-        def store(computed):
-            if computed is not None:
-                rows, batch, embedded = computed
-                rows[batch] = embedded.cpu()
-
         bar = tqdm(total=len(texts), disable=not progress, unit="text")
         with eval_mode(self), bar:
             folded = self.inference_fold()
-            last = None  # a batch that a GPU may still be computing, while it gets the next
+            store_last = lambda: None  # of a batch that a GPU still computes while it gets the next
             for chunk, tokens in zip(chunks, ahead(tokens_of, chunks), strict=True):
                 longest = max(len(text.ids) for text in tokens)
                 limit = max(longest, default_batch) if batch_tokens is None else batch_tokens
                 for batch in pack(tokens, limit):
-                    embedded = self([tokens[i] for i in batch], folded)
-                    store(last)
-                    last = embeddings[chunk], batch, shorten(embedded, dims)
+                    vectors = shorten(self([tokens[i] for i in batch], folded), dims)
+                    store = graphs.begin_copy(vectors, embeddings[chunk], batch)
+                    store_last()
+                    store_last = store
                     bar.update(len(batch))
-            store(last)
+            store_last()
         return embeddings
 
     def inference_fold(self):
@@ -824,7 +825,7 @@ def read_config(folder, **settings):
 
 def fresh_pooling(config, device, dtype):
     """An untrained latent layer, the same at every load; the caller's random state is untouched."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(0)
         layer = LatentAttention(config)
     return layer if device is None else layer.to(device, dtype)

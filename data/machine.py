@@ -102,6 +102,7 @@ def peak_memory_gib():
 CPU_TOKENS = 8192  # of a micro-batch on a CPU, at most
 CPU_SHARE = 0.6  # of a machine's memory, for a run; the rest is other programs'
 CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
+ROUND = 256  # a GPU's tokens are a multiple of it
 RESERVE = 0.06  # share of a GPU's memory that is left to kernels and to fragmentation
 
 
@@ -117,6 +118,8 @@ def choose_micro_tokens(model, s):
     else:
         free, total = torch.cuda.mem_get_info(model.device)
         tokens = fitting_tokens(model, s, free, total)
+        # a resumed run, with a little more or less memory, has the same micro-batches
+        tokens = max(tokens // ROUND * ROUND, s.max_length)
     (tokens,) = all_reduce([tokens], dist.ReduceOp.MIN)
     return int(tokens)
 
@@ -152,14 +155,29 @@ def room_in_tokens(model, s, free, total):
     """The tokens whose graph fits beside the model, below 0 where the model does not fit itself."""
     size = model.dtype.itemsize
     blocks = model.embedding_model.layers
-    trained = sum(local_bytes(p) for p in model.parameters() if p.requires_grad)
-    # A gradient and AdamW's two moments of each trained weight, and its copy in the dtype of the
-    # arithmetic, which the graph keeps.
-    weights = trained * 3 + trained * size / 4
-    if world_size() > 1:  # FSDP gathers a block while the one before is in use
-        weights += 3 * sum(p.numel() * p.element_size() for p in blocks[0].parameters())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    # A gradient and AdamW's two moments of each trained weight, and its whole copy in the dtype of
+    # the arithmetic, which the graph keeps.
+    weights = 3 * sum(local_bytes(p) for p in trained) + size * sum(p.numel() for p in trained)
+    if world_size() > 1:  # FSDP holds one part whole: its weights, gradients and buffers
+        others = [part for part in model.children() if part is not model.embedding_model]
+        weights += 4 * max(whole_bytes(part) for part in (blocks[0], *others))
     room = free - weights - RESERVE * total
-    return int(room / bytes_a_token(model.config, size, s.recompute))
+    scores = model.config.num_attention_heads * s.max_length if keeps_scores(model) else 0
+    return int(room / bytes_a_token(model.config, size, s.recompute, scores))
+
+
+def keeps_scores(model):
+    """Whether the graph keeps attention's scores: on a GPU whose kernel is not for packed texts."""
+    if model.device.type != "cuda":
+        return False
+    old = torch.cuda.get_device_capability(model.device) < (8, 0)
+    return old or model.dtype == torch.float32
+
+
+def whole_bytes(module):
+    """Bytes of a module's parameters, over all ranks."""
+    return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
 def local_bytes(parameter):
@@ -168,13 +186,14 @@ def local_bytes(parameter):
     return shard.numel() * shard.element_size()
 
 
-def bytes_a_token(c, size, recompute):
+def bytes_a_token(c, size, recompute, scores=0):
     """What the backward pass keeps of a token, in bytes; `size` is that of a number.
 
     A block keeps its residuals, norms, projections, what they and their adapters read, and masks
-    of dropout: about 9 D + 4.5 F numbers. The latent layer keeps 20 D, and its scores.
+    of dropout: about 9 D + 4.5 F numbers, and `scores` of attention. The latent layer keeps 20 D,
+    and its scores.
     """
-    block = 9 * c.hidden_size + 4.5 * c.intermediate_size
+    block = 9 * c.hidden_size + 4.5 * c.intermediate_size + scores
     numbers = c.num_hidden_layers * block
     if recompute:
         numbers = c.num_hidden_layers * c.hidden_size + block

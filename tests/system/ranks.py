@@ -77,6 +77,8 @@ def write_gradients(folder, job):
     sums = all_reduce([loss.item(), accuracy.item()])
     tensors["loss"] = torch.tensor(sums, dtype=torch.float64) / world_size()
     tensors["forwards"] = torch.tensor(len(calls))
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"] if s.compile else 0
+    tensors["graphs"] = torch.tensor(compiled)
     if rank() == 0:
         save_file(tensors, folder / job["out"])
 

@@ -114,9 +114,12 @@ def test_kd_on_two_ranks(gradients, alone):
 def test_cached_is_plain_under_fsdp(gradients):
     """With dropout, on ranks whose numbers of micro-batches differ; without its replay it fails."""
     on = {"settings": {"lora_dropout": 0.1}}
-    jobs = [on | {"cached": False}, on, on | {"control": "replay"}]
-    plain, cached, control = gradients(2, jobs)
+    compiled = {"settings": on["settings"] | {"compile": True}}
+    jobs = [on | {"cached": False}, on, compiled, on | {"control": "replay"}]
+    plain, cached, fast, control = gradients(2, jobs)
     assert worst(plain, cached) <= 1e-5
+    assert worst(plain, fast) <= 1e-4
+    assert fast["graphs"] > 0 == cached["graphs"]
     assert plain["loss"][0] == pytest.approx(float(cached["loss"][0]), rel=1e-6)
     assert worst(plain, control) > 1e-3
     assert cached["forwards"] == 2 * plain["forwards"] > 4

@@ -31,6 +31,7 @@ def test_attention_without_grouped_queries(monkeypatch, causal):
     k, v = torch.randn(2, sum(LENGTHS), 2, 8)
     expected = nvembed.attend(q, k, v, LENGTHS, causal)
     monkeypatch.setattr(nvembed, "varlen_attn", kernel)
+    monkeypatch.setattr(nvembed, "GROUPED_QUERIES", False)
     found = nvembed.attend_varlen(q, k, v, LENGTHS, causal, None)
     torch.testing.assert_close(found, expected)
     other = nvembed.attend(q, k, v, LENGTHS, not causal)
