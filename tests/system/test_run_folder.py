@@ -355,7 +355,7 @@ def test_ranks_that_differ_are_refused(recipe, tmp_path, change):
     flags = ("--recipe", recipe, "--data", tmp_path / "one" / "my.jsonl", "--out", tmp_path / "run")
     out, code = torchrun(2, program, *flags)
     assert code != 0
-    assert "rank 1: other rows, settings or model than on rank 0" in out
+    assert "rank 1: expected the rows, settings, model and checkpoint of rank 0" in out
     assert not (tmp_path / "run" / "latest").exists()
 
 
