@@ -87,8 +87,8 @@ RANGES = {  # name: its interval, a round bracket leaving out its end
     "calibration": "[1, inf)",
     "drop_blocks": "[0, inf)",
 }
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-CHOICES = {"dtype": DTYPES, "export_dtype": DTYPES}  # of train.Settings too
+DTYPES = ("float32", "bfloat16", "float16")  # of saved weights; oracles compute in float64 too
+CHOICES = dict.fromkeys(("dtype", "export_dtype"), ("auto", *DTYPES))  # of train.Settings too
 
 
 def check_ranges(values, where=""):

@@ -50,10 +50,7 @@ def prepare(dataset, seed):
     check_outputs(outputs, inputs)
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path.parent):
-        for output in outputs:
-            if not report.exists() and Path(output).exists():
-                raise InputError(f"{output}: is in the way, not from this command")
-        earlier = finished(path, report, plan)
+        earlier = finished(path, report, plan, outputs)
         if earlier:
             return f"{path}: already made so: {earlier['counts']['kept']:,} rows"
         begin(report)

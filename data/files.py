@@ -111,15 +111,16 @@ def check_outputs(outputs, inputs):
                 raise InputError(f"{output}: would overwrite the input {source}; use another --out")
 
 
-def finished(path, report, plan):
+def finished(path, report, plan, others=()):
     """The content of `report` if it says that `path` was made by `plan`, else None.
 
-    A file in their place that no command of ours wrote is an InputError: it stays.
+    A file in their place, or in that of `others`, that no command of ours wrote is an InputError:
+    it stays.
     """
     earlier = read_json(report) if report.exists() else {}
     if "plan" not in earlier:
-        for file in (path, report):
-            if file.exists():
+        for file in (path, report, *others):
+            if Path(file).exists():
                 raise InputError(f"{file}: is in the way, not from this command")
         return None
     return earlier if path.exists() and earlier["plan"] == plan else None

@@ -15,11 +15,10 @@ import torch
 from huggingface_hub import save_torch_state_dict, snapshot_download
 from tokenizers import Tokenizer
 
-from data.commands import InputError, one_line
+from data.commands import DTYPES, InputError, one_line
 from data.files import check_fields, locked, read_json, remove_abandoned, renamed, share
 from data.files import write_json
 
-DTYPES = ("float32", "bfloat16", "float16")  # of saved weights; oracles compute in float64 too
 QUERY_TEMPLATE = "Instruct: {instruction}\nQuery: "  # the paper's; Qwen3-Embedding's has no space
 LATENT_FIELDS = {  # our name -> the name in NV-Embed's latent_attention_config
     "num_latents": "num_latents_value",

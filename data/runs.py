@@ -259,16 +259,17 @@ def resume(run, settings, defaults, model, optimizer):
     A setting that the run is older than had its default. The record is the last step's, to be
     logged again; None in a checkpoint of an earlier version. All ranks must find the same one.
     """
-    folder = checkpoint(run) if (run / "latest").exists() else None
-    state = {"step": 0, "record": {"step": 0}}
-    if folder is not None:
-        state = {"record": None} | read_json(folder / "state.json")
+    if not (run / "latest").exists():
+        state = {"step": 0, "record": {"step": 0}}
+        check_agreement(state)
+        return state
+    folder = checkpoint(run)
+    state = {"record": None} | read_json(folder / "state.json")
     check_agreement(state)
-    if folder is not None:
-        fields = {"step": int, "settings": dict, "base": str, "record": (dict, type(None))}
-        check_fields(state, fields, {}, folder / "state.json")
-        check_same_run(run, defaults | state["settings"], settings)
-        load_checkpoint(folder, model, optimizer)
+    fields = {"step": int, "settings": dict, "base": str, "record": (dict, type(None))}
+    check_fields(state, fields, {}, folder / "state.json")
+    check_same_run(run, defaults | state["settings"], settings)
+    load_checkpoint(folder, model, optimizer)
     return state
 
 

@@ -80,9 +80,7 @@ def read_datasets(entries, stage, s, mined=None):
 
 def check_prepared(path, entry):
     """Refuses rows that prepare.py made by another entry than the recipe's, or is yet to finish."""
-    report = beside(path, "json")
-    plan = (read_json(report) if report.exists() else {}).get("plan") or {}
-    made_by = plan.get("dataset", {})
+    made_by = plan_in(beside(path, "json")).get("dataset", {})
     for field in ("source", "leakage", "samples"):
         if made_by.get(field) != entry.get(field):
             message = f"was not made by the recipe's '{field}'; data/prepare.py makes it anew"
@@ -91,10 +89,14 @@ def check_prepared(path, entry):
 
 def check_mined(path, source):
     """Refuses rows that mine.py made of other rows than those of `source`."""
-    report = Path(f"{path}.json")
-    plan = (read_json(report) if report.exists() else {}).get("plan") or {}
-    if source.exists() and plan.get("sha256") not in (None, digest(source)):
+    made_from = plan_in(Path(f"{path}.json")).get("sha256")
+    if source.exists() and made_from not in (None, digest(source)):
         raise InputError(f"{path}: was mined from other rows than those of {source}; mine again")
+
+
+def plan_in(report):
+    """What a report says that its rows were made by; {} without one, or if they are half made."""
+    return (read_json(report) if report.exists() else {}).get("plan") or {}
 
 
 def check_prompts(datasets, tokenize, max_length):

@@ -39,9 +39,9 @@ from tqdm import tqdm
 import nvembed
 import train
 from data.base import resolve
-from data.commands import Flags, InputError, run_command
+from data.commands import DTYPES, Flags, InputError, run_command
 from data.files import write_json
-from data.folders import DTYPES, torch_dtype
+from data.folders import torch_dtype
 from data.recipes import read_recipe
 from data.sampling import draw_rows, known_positives, read_datasets, schedule
 

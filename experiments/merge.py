@@ -38,10 +38,10 @@ from tqdm import tqdm
 import nvembed
 from data.base import resolve
 from data.card import PROMPTS
-from data.commands import Flags, InputError, run_command
+from data.commands import DTYPES, Flags, InputError, run_command
 from data.dialects import content_hash
 from data.files import locked, read_json, write_json
-from data.folders import DTYPES, local_folder, read_weights
+from data.folders import local_folder, read_weights
 
 FREE = ("max_position_embeddings", "max_seq_length")  # the first model's; no vector depends on them
 PARALLEL = 1e-3  # the sine of an angle below which slerp and the mean are the same in fp32
