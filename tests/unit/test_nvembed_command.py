@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT
 
 import nvembed
+from data.base import base
 from data.commands import run_command
 
 
@@ -39,7 +40,7 @@ def test_command_without_an_argument_uses_the_default_base(monkeypatch, capsys, 
     out, err = capsys.readouterr()
     first = scores_of(out)
     assert "smollm2" in err  # its fresh pooling layer
-    run(monkeypatch, real_tokenizers["smollm2"].parent)
+    run(monkeypatch, base(24))
     assert scores_of(capsys.readouterr().out) == first
 
 
@@ -82,7 +83,7 @@ def test_examples_of_the_help_run(released, monkeypatch, capsys):
         command = line.split("  ")[0]
         run(monkeypatch, *command.split()[2:])
         scores_of(capsys.readouterr().out)
-    assert asked == ["smollm2", "runs/stage2"]
+    assert asked == ["smollm2:24", "runs/stage2"]
 
 
 READ_ONLY = """
