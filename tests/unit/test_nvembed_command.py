@@ -14,6 +14,7 @@ from conftest import ROOT
 import nvembed
 from data.base import base
 from data.commands import run_command
+from data.files import read_json
 
 
 def run(monkeypatch, *args):
@@ -35,7 +36,7 @@ def test_command_prints_the_model_card_scores(released, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_command_without_an_argument_uses_the_default_base(monkeypatch, capsys, real_tokenizers):
+def test_command_without_an_argument_uses_the_default_base(monkeypatch, capsys):
     run(monkeypatch)
     out, err = capsys.readouterr()
     first = scores_of(out)
@@ -84,6 +85,7 @@ def test_examples_of_the_help_run(released, monkeypatch, capsys):
         run(monkeypatch, *command.split()[2:])
         scores_of(capsys.readouterr().out)
     assert asked == ["smollm2:24", "runs/stage2"]
+    assert read_json(ROOT / "data/local.json")["base"] == asked[0]
 
 
 READ_ONLY = """
