@@ -35,7 +35,7 @@ def test_signals(tmp_path, number):
         time.sleep(0.01)
     process.send_signal(number)
     _, err = process.communicate()
-    assert process.returncode == 130
+    assert process.returncode == 130, err
     assert err.splitlines()[-1] == "stopped; the same command goes on"
     assert "Traceback" not in err
     before = mine_scale.shard_times(tmp_path)
