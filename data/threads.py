@@ -4,12 +4,15 @@ PyTorch's CPU products are shared out to threads by libgomp, whose idle threads 
 milliseconds. Beside another program on the same cores that costs more than half of the speed. A
 shorter wait costs an idle machine little: tests/BENCH.md. libgomp reads it once, when it is loaded.
 
-Importing takes seconds: Ctrl-C in one of our commands is no traceback then either.
+Importing takes seconds: Ctrl-C in one of our commands is no traceback then either. Nor is it lost
+where Python would ignore it, in a destructor.
 """
 
+import _thread
 import os
 import sys
 from pathlib import Path
+from threading import Timer
 
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "30000")
@@ -22,5 +25,13 @@ def tell_of(kind, error, traceback):
         sys.__excepthook__(kind, error, traceback)
 
 
+def interrupt_again(ignored):
+    if issubclass(ignored.exc_type, KeyboardInterrupt):
+        Timer(0.1, _thread.interrupt_main).start()  # by then the destructor has returned
+    else:
+        sys.__unraisablehook__(ignored)
+
+
 if Path(__file__).parent.parent in Path(sys.argv[0]).absolute().parents:
     sys.excepthook = tell_of
+    sys.unraisablehook = interrupt_again

@@ -1,4 +1,4 @@
-"""Idle threads sleep soon by default, and as the environment says where it says so."""
+"""What is set before torch: idle threads sleep soon unless told otherwise; Ctrl-C always counts."""
 
 import os
 import subprocess
@@ -37,3 +37,38 @@ def test_it_is_set_before_torch_is_imported(script):
     before = imports[: imports.index("import data.threads  # before torch")]
     loading_torch = ("torch", "data.", "nvembed", "mteb", "eval ", "train")
     assert not [line for line in before for name in loading_torch if name in line]
+
+
+IN_A_DESTRUCTOR = """
+import sys; sys.argv = ["train.py"]
+import data.threads, os, signal, time
+from data.commands import run_command
+
+class Bar:
+    def __del__(self):
+        {error}
+
+def main():
+    Bar()
+    for _ in range(20):
+        time.sleep(0.1)
+    print("went on")
+
+run_command(main)
+"""
+CTRL_C = "os.kill(os.getpid(), signal.SIGINT)"
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "out", "last"),
+    [
+        (CTRL_C, 130, "", "stopped; the same command goes on"),
+        ("1 / 0", 0, "went on\n", "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_an_interrupt_in_a_destructor_counts(error, status, out, last):
+    script = IN_A_DESTRUCTOR.format(error=error)
+    line = [sys.executable, "-c", script]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (status, out)
+    assert done.stderr.splitlines()[-1] == last
