@@ -31,8 +31,9 @@ from data.commands import Flags, InputError, one_line, run_command
 from data.dialects import check_pooling, content_hash, is_sentence_transformer
 from data.files import ROOT, read_json
 from data.folders import local_folder
+from data.machine import fast_dtype
 from data.tasks import PERTURBED, find_tasks, instruction, score_task
-from nvembed import POOLINGS, NVEmbed, fast_dtype
+from nvembed import POOLINGS, NVEmbed
 
 PUBLISHED = read_json(ROOT / "data/published.json")
 SETTINGS = {  # what may follow a model's name: the setting that it changes

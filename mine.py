@@ -40,8 +40,9 @@ from data import base, commands, dialects, files, folders, recipes
 from data.columns import data_entry
 from data.commands import InputError
 from data.corpus import Corpus, Mined, documents_and_tasks, positives_of, queries_and_tasks
+from data.machine import fast_dtype
 from data.rows import KnownPositives, read_rows
-from nvembed import NVEmbed, fast_dtype
+from nvembed import NVEmbed
 
 # The rules (see `allowed`) and their default bounds. sampled and top1 filter as percpos does and
 # then choose at random (see `choose`).
@@ -139,10 +140,9 @@ def search(queries, shards, k, memory=2**30, index=None):
 
 
 def bf16_is_faster(queries):
-    """True on GPUs and, if vectors are wide, on CPUs with bf16 products. fp32 vectors stay fp32."""
-    wide = queries.shape[1] >= WIDE
-    fast_cpu = wide and torch.cpu.get_capabilities().get("avx512_bf16", False)
-    return queries.dtype == torch.bfloat16 and (DEVICE != "cpu" or fast_cpu)
+    """True where bf16 products are fast; on CPUs if vectors are wide. fp32 vectors stay fp32."""
+    wide = DEVICE != "cpu" or queries.shape[1] >= WIDE
+    return queries.dtype == torch.bfloat16 and wide and fast_dtype(DEVICE) == torch.bfloat16
 
 
 def search_in_fp32(queries, shards, k, memory):

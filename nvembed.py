@@ -760,13 +760,6 @@ class NVEmbed(nn.Module):
         folders.write_model(path, state, asdict(self.config), self.tokenizer)
 
 
-def fast_dtype(device="cpu"):
-    """bf16 on GPUs and on CPUs whose products are faster in it (AMX, AVX-512 bf16), else fp32."""
-    cpu = torch.cpu.get_capabilities()
-    fast_cpu = cpu.get("amx_bf16") or cpu.get("avx512_bf16")
-    return torch.bfloat16 if fast_cpu or torch.device(device).type != "cpu" else torch.float32
-
-
 # ---- LoRA adapters
 
 
@@ -848,7 +841,8 @@ def main():
     parser = Flags(__doc__)
     parser.add_argument("model", nargs="?", default="smollm2:24", help="folder or hub id")
     args = parser.parse_args()
-    from data.base import resolve  # this command alone needs it: it fetches the default base
+    from data.base import resolve  # this command alone fetches the default base
+    from data.machine import fast_dtype
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = NVEmbed.from_pretrained(resolve(args.model), device, fast_dtype(device))

@@ -46,7 +46,7 @@ from data.base import resolve
 from data.columns import data_entry
 from data.commands import Flags, InputError, check_ranges, run_command
 from data.files import ROOT, read_json
-from data.machine import choose_micro_tokens, describe_machine, measure_peak, speed
+from data.machine import choose_micro_tokens, describe_machine, fast_dtype, measure_peak, speed
 from data.ranks import Stopped, all_gather, all_reduce, catch_signals, check_agreement, check_stop
 from data.ranks import init_ranks, leave_ranks, make_mesh, print0, rank, world_size
 from data.recipes import read_recipe, stage_settings
@@ -387,7 +387,7 @@ def load(name, s, device, **form):
 
     `form` is the pooling and mask (`causal`) that it shall have; without it they are its own.
     """
-    dtype = getattr(torch, s.dtype, nvembed.fast_dtype(device))  # torch has no "auto"
+    dtype = getattr(torch, s.dtype, fast_dtype(device))  # torch has no "auto"
     model = NVEmbed.from_pretrained(resolve(name), None, dtype, **form)
     if nvembed.lora_layers(model):
         raise InputError(f"{name}: expected plain weights, got an adapter")

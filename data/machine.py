@@ -38,6 +38,19 @@ def describe_machine():
     return {"versions": versions, "hardware": hardware, "commit": commit or "unknown"}
 
 
+def fast_dtype(device="cpu"):
+    """bf16 where its products are faster (GPUs since Ampere; AMX, AVX-512 bf16), else fp32.
+
+    An older GPU, such as a T4, only emulates bf16.
+    """
+    if torch.device(device).type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        cpu = torch.cpu.get_capabilities()
+        fast = cpu.get("amx_bf16") or cpu.get("avx512_bf16")
+    return torch.bfloat16 if fast else torch.float32
+
+
 WIDTHS = {"cuda": (512, 2048, 8192), "cpu": (256, 512, 1024, 2048)}  # of the products below
 SLOW_PRODUCT = 1.0  # seconds
 

@@ -42,6 +42,7 @@ from data.base import resolve
 from data.commands import DTYPES, Flags, InputError, run_command
 from data.files import write_json
 from data.folders import torch_dtype
+from data.machine import fast_dtype
 from data.recipes import read_recipe
 from data.sampling import draw_rows, known_positives, read_datasets, schedule
 
@@ -328,7 +329,7 @@ def check_arguments(args):
 def load(name, dtype):
     """The model to compress, on the GPU if there is one. dtype: a name, or "auto"."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = nvembed.fast_dtype(device) if dtype == "auto" else torch_dtype(dtype)
+    dtype = fast_dtype(device) if dtype == "auto" else torch_dtype(dtype)
     model = nvembed.NVEmbed.from_pretrained(resolve(name), device, dtype)
     if nvembed.lora_layers(model):
         message = "expected plain weights, got an adapter: merge it by save_pretrained first"

@@ -294,7 +294,7 @@ def versus(args, shape="small"):
 
 
 def each_model(sides, shape, **settings):
-    dtype = nvembed.fast_dtype()
+    dtype = machine.fast_dtype()
     found = {}
     for side, (package, _) in sides.items():
         found[side] = random_model(shape, dtype, real_tokenizer(), package=package, **settings)

@@ -119,20 +119,6 @@ def test_compiled_encode_is_the_eager_one(base):
     assert gap(model.encode(TEXTS, TASK), eager) <= 5e-6
 
 
-CAPABILITIES = (
-    ("amx_bf16", torch.bfloat16),
-    ("avx512_bf16", torch.bfloat16),
-    ("avx2", torch.float32),
-)
-
-
-@pytest.mark.parametrize(("able", "expected"), CAPABILITIES)
-def test_fast_dtype(able, expected, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {able: True, "sse": True})
-    assert nvembed.fast_dtype() == expected
-    assert nvembed.fast_dtype("cuda") == torch.bfloat16
-
-
 def test_pack_keeps_every_text_once_within_the_budget():
     tokens = [Tokens([5] * n, 0) for n in (3, 9, 1, 9, 4, 4, 2, 8)]
     batches = nvembed.pack(tokens, 10)

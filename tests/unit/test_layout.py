@@ -192,9 +192,9 @@ ALLOWED = {  # file: what it may import of ours beside data.commands and data.fi
     " data.sentence data.texts",
     "train.py": "nvembed data.base data.columns data.machine data.ranks data.recipes data.rows"
     " data.runs data.sampling",
-    "mine.py": "nvembed data.base data.columns data.corpus data.dialects data.folders data.recipes"
-    " data.rows",
-    "eval.py": "nvembed data.base data.dialects data.folders data.tasks",
+    "mine.py": "nvembed data.base data.columns data.corpus data.dialects data.folders data.machine"
+    " data.recipes data.rows",
+    "eval.py": "nvembed data.base data.dialects data.folders data.machine data.tasks",
     "data/__init__.py": "",
     "data/folders.py": "",
     "data/adapters.py": "data.folders",
@@ -228,7 +228,7 @@ ALLOWED = {name: {*modules.split(), *BASIC} for name, modules in ALLOWED.items()
 ALLOWED |= {name: ALLOWED[name] | {FIRST} for name in FOUR}
 ALLOWED["data/commands.py"] = set()
 ALLOWED["data/files.py"] = {"data.commands"}
-IN_MAIN = {"nvembed.py": {"data.base"}}  # inside main() only
+IN_MAIN = {"nvembed.py": {"data.base", "data.machine"}}  # inside main() only
 WITHOUT_TORCH = (
     "data/commands.py",
     "data/files.py",

@@ -1,4 +1,4 @@
-"""Memory decides how many tokens a micro-batch has; the yardstick of speed."""
+"""Memory decides how many tokens a micro-batch has; the yardstick of speed; where bf16 is fast."""
 
 import pytest
 import references
@@ -157,3 +157,27 @@ def test_what_a_graph_keeps(monkeypatch):
     few, many = [saved_bytes(model, tokens) for tokens in (1024, 3072)]
     measured = (many - few) / 2048
     assert bytes_a_token(model.config, 2, False) == pytest.approx(measured, rel=0.1)
+
+
+CAPABILITIES = (
+    ("amx_bf16", torch.bfloat16),
+    ("avx512_bf16", torch.bfloat16),
+    ("avx2", torch.float32),
+)
+
+
+@pytest.mark.parametrize(("able", "expected"), CAPABILITIES)
+def test_fast_dtype(able, expected, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {able: True, "sse": True})
+    assert machine.fast_dtype() == expected
+
+
+@pytest.mark.parametrize(("native", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_fast_dtype_of_a_gpu(native, expected, monkeypatch):
+    """A T4 supports bf16 by emulation only."""
+
+    def is_bf16_supported(including_emulation=True):
+        return native or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
+    assert machine.fast_dtype("cuda") == machine.fast_dtype("cuda:1") == expected
