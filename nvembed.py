@@ -332,8 +332,10 @@ def attend_varlen(q, k, v, lengths, causal, window):
     before = window - 1 if window else -1  # how many tokens back and on are seen, -1: all
     after = 0 if causal else -1
     ends, longest = cumulative_lengths(lengths, q.device), max(lengths)
-    options = {"window_size": (before, after)} | ({"enable_gqa": True} if GROUPED_QUERIES else {})
-    if not GROUPED_QUERIES:
+    options = {"window_size": (before, after)}
+    if GROUPED_QUERIES:
+        options["enable_gqa"] = True
+    else:
         k, v = [x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v)]
     return varlen_attn(q, k, v, ends, ends, longest, longest, **options)
 
