@@ -85,7 +85,7 @@ def encode_to_disk(count, read, teacher):
 
     read(slice) gives a part of the `count` texts, and their tasks. A file is named by the hash of
     its texts, teacher and settings: if it exists, it is whole and right. The ranks share out the
-    missing ones. Equal runs of texts, as at the start of corpora, are encoded once.
+    missing ones. Equal shards, as where two corpora begin alike, are encoded once.
     """
     parts = [slice(i, min(i + SHARD, count)) for i in range(0, count, SHARD)]
     paths = [shard_path(*read(part), teacher) for part in parts]
@@ -146,7 +146,7 @@ def bf16_is_faster(queries):
 
 
 def search_in_fp32(queries, shards, k, memory):
-    """`search` by fp32 products: 2 k candidates, because a library's last bits are its own."""
+    """`search` by fp32 products: 2 k candidates, as libraries differ in the last bits."""
     candidates = scan(queries.to(DEVICE, torch.float32), shards, 2 * k, memory)[1]
     return rescore(queries, candidates, shards, k, memory)
 

@@ -113,9 +113,8 @@ def tokenize(tokenizer, c, texts, instruction="", max_length=None):
 
         <s> Instruct : Find it \n Query :  how deep is the lake ? </s>      pooled: "how" to </s>
 
-    The rule: bos and each token that starts before the prefix's last space, or its end where it has
-    none, are not pooled. This is the released rule wherever that space and the next word are one
-    token.
+    The rule: bos and each token that starts before the prefix's end, a trailing space not counted,
+    are not pooled. This is the released rule wherever that space and the next word are one token.
     Documents have no instruction and are pooled whole, bos and eos too. A text that is too long
     loses its end and, as released, its eos with it, unless c.keep_eos.
     """
@@ -329,7 +328,7 @@ def has_varlen_kernel(q):
 
 def attend_varlen(q, k, v, lengths, causal, window):
     """q (S, H, K), k and v (S, G, K) -> (S, H, K), in one kernel."""
-    before = window - 1 if window else -1  # how many tokens back and on are seen, -1: all
+    before = window - 1 if window else -1  # tokens seen before and after it, -1: all
     after = 0 if causal else -1
     ends, longest = cumulative_lengths(lengths, q.device), max(lengths)
     options = {"window_size": (before, after)}
@@ -355,7 +354,7 @@ def attend_sdpa(q, k, v, causal, window):
 
 
 def window_mask(length, window, device):
-    """(T, T) bool: a row is a token, True where it sees another one."""
+    """(T, T) bool: True where a row's token sees a column's."""
     return torch.ones(length, length, dtype=torch.bool, device=device).tril().triu(1 - window)
 
 
@@ -546,7 +545,7 @@ class LatentAttention(nn.Module):
         return self.cross_attend_blocks[0].fold(self.latents.to(dtype))
 
     def forward(self, hidden, lengths, folded=None):
-        """`folded` is of `fold_latents`; without it, as in training, it is computed here."""
+        """`folded` is from `fold_latents`; if None, as in training, it is computed here."""
         attention, feed_forward = self.cross_attend_blocks
         if self.latents is None:
             hidden = hidden + attention.over_tokens(hidden, lengths)
@@ -723,7 +722,7 @@ class NVEmbed(nn.Module):
 
         Loading is strict: a tensor that is missing, left over or of another shape is an InputError,
         but for two rules. A base has no latent layer: it is fresh. A base's LM head is dropped, and
-        a latent layer that the wanted pooling has not. What is fresh or dropped is printed.
+        a latent layer that the pooling does not use. What is fresh or dropped is printed.
         """
         folder, dtype = folders.local_folder(path), folders.torch_dtype(dtype)
         if adapters.is_adapter(folder):

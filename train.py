@@ -1,7 +1,7 @@
 """How NV-Embed learns: rows -> batch -> InfoNCE -> step (sections 3 and 5 of the paper).
 
     python train.py --stage 1                          # -> runs/stage1
-    python train.py --stage 2                          # -> runs/stage2
+    python train.py --stage 2 --mined runs/mined       # -> runs/stage2
     python train.py --data my.jsonl --init MODEL       # own rows -> runs/my
     torchrun --nproc-per-node 8 train.py --stage 1     # the same batches on 8 ranks, FSDP
 
@@ -75,8 +75,8 @@ class Settings:
     weight_decay: float = 0.03
     clip: float = 1.0  # largest norm of the gradient
     temperature: float = 0.02
-    false_negatives: float = 2.0  # a negative so far above the positive is left out; 2: off
-    dims: list = field(default_factory=list)  # Matryoshka: also a loss of the first N numbers
+    false_negatives: float = 2.0  # leaves out negatives this far above the positive; 2: off
+    dims: list = field(default_factory=list)  # Matryoshka: widths, each with a loss of its own
     max_length: int = 512  # tokens of a text
     micro_tokens: int = 0  # tokens of a micro-batch, which bounds memory; 0: as many as fit
     lora_rank: int = 16  # r, the paper's; 0: all weights are trained
@@ -197,9 +197,9 @@ def queries_and_documents(embeddings, batch):
 class AllGather(torch.autograd.Function):
     """x (b, ...) of every rank -> (B, ...) on all of them, with gradient.
 
-    The batch's loss is (L_1 + ... + L_W) / W, a mean over W ranks, and a document x counts in each:
-    backward returns dL_1/dx + ... + dL_W/dx to the rank that embedded x. From there it goes on into
-    that rank's parameter gradients, which FSDP averages over the ranks: this is the 1 / W.
+    The batch's loss is (l_1 + ... + l_n) / n, a mean over n ranks, and a document x counts in each:
+    backward returns dl_1/dx + ... + dl_n/dx to the rank that embedded x. From there it goes on into
+    that rank's parameter gradients, which FSDP averages over the ranks: this is the 1 / n.
     """
 
     @staticmethod
@@ -252,8 +252,8 @@ def distillation(embeddings, batch, s):
 def batch_loss(embeddings, batch, s):
     """Embeddings of batch.tokens -> loss and accuracy of this rank's rows.
 
-    With `dims` (Matryoshka, Kusupati et al. 2022) there is a loss for each width N, of the vectors'
-    first N numbers, and one of the whole vectors; the result is their mean. The accuracy, and what
+    With `dims` (Matryoshka, Kusupati et al. 2022) there is a loss for each width, of the vectors'
+    first numbers, and one of the whole vectors; the result is their mean. The accuracy, and what
     `distill` adds, are the whole's.
     """
     q_bD, d_BLD = queries_and_documents(embeddings, batch)
@@ -282,7 +282,7 @@ def reseed(*key):
 def micro_batches(model, tokens, micro_tokens):
     """Splits texts into micro-batches -> lists of indices, as many on every rank.
 
-    FSDP gathers a block's weights from all ranks in each forward pass, so all have to make as many.
+    FSDP gathers a block's weights from all ranks in each forward pass, so all make equally many.
     A rank with fewer micro-batches embeds its last text again, and ignores the result.
     """
     parts = pack(tokens, micro_tokens)
@@ -387,7 +387,7 @@ def load(name, s, device, **form):
 
     `form` is the pooling and mask (`causal`) that it shall have; without it they are its own.
     """
-    dtype = getattr(torch, s.dtype, fast_dtype(device))  # torch has no "auto"
+    dtype = fast_dtype(device) if s.dtype == "auto" else getattr(torch, s.dtype)
     model = NVEmbed.from_pretrained(resolve(name), None, dtype, **form)
     if nvembed.lora_layers(model):
         raise InputError(f"{name}: expected plain weights, got an adapter")
@@ -536,7 +536,7 @@ def timed_step(model, optimizer, datasets, s, step, positives, teacher, peak):
 
 @torch.no_grad()
 def held_out(model, datasets, s, positives):
-    """Loss and accuracy on the held-out rows, in batches of the training size, dropout off."""
+    """Held-out loss and accuracy, in whole batches of the training size, dropout off."""
     held = [dataset.held_out for dataset in datasets]
     places = shuffled_places(held, s.seed)
     size = min(s.batch, len(places) - len(places) % world_size())
@@ -564,7 +564,7 @@ def export(run, s, datasets, device):
     """
     model, base = build(run, replace(s, compile=False), device, sharded=False)
     model.eval()
-    export_dtype = getattr(torch, s.export_dtype, model.dtype)
+    export_dtype = model.dtype if s.export_dtype == "auto" else getattr(torch, s.export_dtype)
     model.dtype = torch.float32  # in fp32 only the rounding of the merged weights is left
     texts = []
     for dataset in datasets:

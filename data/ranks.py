@@ -123,6 +123,6 @@ def catch_signals():
 def check_stop():
     """Raises Stopped on every rank if one of them received a signal, or lost its torchrun."""
     orphaned = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != PARENT
-    (stop,) = all_reduce([len(received) + orphaned])
+    (stop,) = all_reduce([bool(received) or orphaned])
     if stop:
         raise Stopped

@@ -250,7 +250,7 @@ def plain_file(path):
             with renamed(unpacked) as temporary, open(temporary, "wb") as file:
                 unpack(path, file)
         return open(unpacked, "rb")
-    except OSError:  # a cache that is full or not ours to write; or no gzip, which is found again
+    except OSError:  # a cache that is full or read-only; or no gzip: then this fails again
         file = tempfile.TemporaryFile()
         unpack(path, file)
         file.seek(0)

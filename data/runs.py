@@ -207,7 +207,7 @@ def is_checkpoint(folder):
 
 
 def last_checkpoint(run):
-    """The same for a message: "none" where there is none."""
+    """`checkpoint` for a message; "none" where there is none."""
     return checkpoint(run) if Path(run, "latest").exists() else "none"
 
 
@@ -229,7 +229,7 @@ def save_checkpoint(run, step, model, optimizer, state):
     """Rank 0 writes the trained weights, AdamW's state and `state` (JSON) to RUN/step_N."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.reshard()  # after a forward pass alone the outermost is whole
+            module.reshard()  # a forward pass alone leaves the root unsharded
     parts = {"trained": trained(model), "optimizer": optimizer_tensors(model, optimizer)}
     for tensors in parts.values():
         for name, tensor in tensors.items():
@@ -256,7 +256,7 @@ def load_checkpoint(folder, model, optimizer):
 def resume(run, settings, defaults, model, optimizer):
     """Restores a run's last checkpoint, if it has one -> its state: "step" and "record".
 
-    A setting that the run is older than had its default. The record is the last step's, to be
+    A setting newer than the run had its default. The record is the last step's, to be
     logged again; None in a checkpoint of an earlier version. All ranks must find the same one.
     """
     if not (run / "latest").exists():

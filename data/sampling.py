@@ -79,7 +79,7 @@ def read_datasets(entries, stage, s, mined=None):
 
 
 def check_prepared(path, entry):
-    """Refuses rows that prepare.py made by another entry than the recipe's, or is yet to finish."""
+    """Refuses rows that prepare.py made from another entry, or has not finished."""
     made_by = plan_in(beside(path, "json")).get("dataset", {})
     for field in ("source", "leakage", "samples"):
         if made_by.get(field) != entry.get(field):
@@ -130,7 +130,7 @@ def check_batch(datasets, s, ranks):
         raise InputError(f"batch: expected at most {rows}, the rows there are, got {batch}")
     if batch % ranks != 0:
         raise InputError(f"batch: expected a multiple of the {ranks} ranks, got {batch}")
-    schedule([len(dataset.rows) for dataset in datasets], s, 0)
+    schedule([len(dataset.rows) for dataset in datasets], s, 0)  # refuses what it cannot draw
 
 
 @functools.lru_cache(maxsize=4)

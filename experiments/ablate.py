@@ -50,7 +50,7 @@ DONE = set()  # commands that this process has run
 
 
 def run_grid(name, declared, folder, jobs):
-    """Runs what a grid, or "all", lacks, `jobs` commands at once -> its models as eval.py's."""
+    """Runs what a grid, or "all", lacks, `jobs` commands at once -> its models, for eval.py."""
     grids = declared["grids"]
     if name != "all" and name not in grids:
         raise InputError(f"--grid {name}: expected all or one of {list(grids)}")
@@ -63,7 +63,8 @@ def run_grid(name, declared, folder, jobs):
         cell_recipe(cell, declared)  # refuses a typo before anything is trained
     todo = [(folder / cell, seed, declared) for cell in cells for seed in range(declared["seeds"])]
     with ThreadPoolExecutor(jobs) as pool:
-        done = pool.map(run_cell, *zip(*todo))  # after an error nothing more is started
+        # after an error nothing more is started
+        done = pool.map(lambda cell: run_cell(*cell), todo)
         for _ in tqdm(done, total=len(todo), desc=f"grid {name}"):
             pass
     return [str(folder / model) for model in models]

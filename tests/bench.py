@@ -215,7 +215,7 @@ def latent(args):
         tell(f"latent layer's attention, S = {size:,}", ">= 6", seconds, note)
         assert error(whole(), whole_unfolded().float()) < 0.02
         seconds = turns({"ours": whole, "peer": whole_unfolded}, args.rounds)
-        tell("whole latent layer", "limit 2.1", seconds)
+        tell("whole latent layer", "2.1: FLOPs", seconds)
 
 
 def rows(args):
