@@ -30,9 +30,9 @@ import time
 from collections import Counter, namedtuple
 from pathlib import Path
 
-import faiss
 import numpy as np
-import torch
+import torch  # before faiss: on macOS the other order can crash
+import faiss
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -236,17 +236,20 @@ def best_by_products(queries, block, best):
 
 
 def rescore(queries, candidates, shards, k, memory):
-    """The k best of candidates' ids (Q, n) by exact scores -> scores (Q, k), ids (Q, k).
+    """The k best of candidates' ids (Q, n) by exact scores -> scores (Q, k), ids (Q, k)."""
+    scores = exact_scores(queries, candidates, shards, memory)
+    order = np.lexsort((candidates, -scores))[:, :k]
+    return tuple(np.take_along_axis(found, order, axis=1) for found in (scores, candidates))
 
-    An id of -1 stands for no candidate and scores -inf.
-    """
+
+def exact_scores(queries, candidates, shards, memory):
+    """Scores of candidates' ids (Q, n) -> (Q, n). An id of -1 is no candidate and scores -inf."""
     scores = np.full(candidates.shape, -np.inf, np.float32)
     real = candidates >= 0
     rows = np.nonzero(real)[0]
     if real.any():  # an approximate index may find nothing
         scores[real] = inner_products(queries, rows, shards, candidates[real], memory)
-    order = np.lexsort((candidates, -scores))[:, :k]
-    return tuple(np.take_along_axis(found, order, axis=1) for found in (scores, candidates))
+    return scores
 
 
 def inner_products(queries, rows, shards, ids, memory):
@@ -325,7 +328,7 @@ def mine(rows, teachers, entry, args, corpus_paths=()):
     """Mines the rows of a recipe's entry -> (rows with neg, neg_scores and pos_scores, counts).
 
     Each of several teachers chooses its share of a row's negatives. One that two of them choose
-    is there twice, which NV-Retriever found best, unless args.distinct. pos_scores are those of
+    is there twice, which NV-Retriever found best, unless args.distinct. All scores are those of
     the last teacher. The counts divide all candidates into known positives, dropped by the rule,
     surplus and kept. The rows are a generator. Ranks other than 0 only help to encode.
     """
@@ -359,7 +362,8 @@ def mine(rows, teachers, entry, args, corpus_paths=()):
             chosen, outcomes = select(scores, ids, lowest, known, share, seeds, args)
             counts.update(outcomes)
             for q, i in enumerate(group):
-                mined.add(i, ids[q, chosen[q]], scores[q, chosen[q]])
+                mined.add(i, ids[q, chosen[q]])
+            mined.scores[group] = exact_scores(vectors, mined.ids[group], shards, memory)
             mined.positive_scores.append(np.concatenate(own_scores))
     counts.update(documents=len(corpus), rows_short=mined.count_short())
     return mined.rows(rows, corpus), {name: int(number) for name, number in counts.items()}

@@ -400,18 +400,21 @@ def load_teacher(name, s, device, model):
     return place(teacher, s, device)
 
 
+CONTINUED = ("lora_rank", "lora_alpha", "pooling", "causal")
+
+
 def build(init, s, device, sharded=True):
     """The model to train, from a base, a released model or a run -> (model, name of its base).
 
     Frozen weights are in the compute dtype, trained ones (LoRA or everything, and pooling) in fp32.
-    A run with the same LoRA rank and alpha is continued with its own adapters and pooling, not
-    merged; otherwise its merged model is what training begins with.
+    A run of the same CONTINUED settings goes on with its own adapters and pooling, not merged;
+    otherwise its merged model is what training begins with.
     """
     base, previous = str(init), None
     if Path(str(init), "latest").exists():
         state = read_json(checkpoint(init) / "state.json")
         before = state["settings"]
-        if (before["lora_rank"], before["lora_alpha"]) == (s.lora_rank, s.lora_alpha):
+        if all(before[name] == getattr(s, name) for name in CONTINUED):
             base, previous = state["base"], checkpoint(init)
 
     torch.manual_seed(s.seed)

@@ -33,9 +33,10 @@ KNOWN = {  # field of a row: the columns that stand for it, also numbered: negat
     "neg_scores": ("neg_scores",),
 }
 TEXTS = ("query", "pos", "neg")
+SCORES = ("pos_scores", "neg_scores")
 ALONE = ("query", "prompt")  # fields of one value; the others are lists
 IGNORED = set(HARMLESS) - {"label"}  # which may say that a pair is no positive one
-FORMAT = 2  # of what is converted; another number has all converted anew
+FORMAT = 3  # of what is converted; another number has all converted anew
 
 
 def data_entry(data, columns=None):
@@ -112,10 +113,9 @@ def hash_of(content):
 
 
 def hash_of_files(table):
-    """Of the files of a table on this machine; a README.md may say which of them are a config."""
     folder = Path(table["path"])
-    files = [*local_files(table), *folder.glob("README.md")]
-    return hash_of([(str(file.relative_to(folder)), digest(file)) for file in files])
+    names = [str(file.relative_to(folder)) for file in local_files(table)]
+    return hash_of([(name, digest(folder / name)) for name in names])
 
 
 def hub_revision(data, table, stem):
@@ -248,7 +248,15 @@ def values_of(found, name, field, where):
         if field in TEXTS and not (is_text(value) and is_unicode(value)):
             got = f"expected text, got {value!r:.60}"
             raise InputError(f"{where}: column '{name}': {got}")
-    return values
+    return [number(value) for value in values] if field in SCORES else values
+
+
+def number(value):
+    """A cell of a .csv, which is a text, as a number; anything else as it is."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def read(table):

@@ -75,7 +75,7 @@ RANGES = {  # name: its interval, a round bracket leaving out its end
     "bound": "(-inf, inf)",
     "memory": "(0, inf)",
     # evaluation, data, experiments
-    "limit": "[1, inf)",
+    "limit": "[2, inf)",
     "threshold": "[0, 1]",
     "tasks": "[1, inf)",
     "concurrency": "[1, inf)",

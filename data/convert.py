@@ -21,7 +21,7 @@ from data.commands import InputError
 from data.files import begin, beside, check_outputs, digest, finished, locked, renamed
 from data.files import write_json, write_rows
 from data.leakage import drop_leaks, words
-from data.tables import get, ids_of, local_files, read_table, texts_of, texts_of_table
+from data.tables import get, ids_of, local_files, read_table, tables_of, texts_of, texts_of_table
 
 LABELLED_TEXTS = 100_000  # kept of a larger set: positives and negatives are drawn from them
 NEGATIVES = 7  # of a labelled text
@@ -62,10 +62,7 @@ def prepare(dataset, seed):
 
 def files_read(dataset):
     """The local files that a data set is made from."""
-    source = dataset["source"]
-    tables = [source, source.get("queries"), source.get("corpus")]
-    tables.append(dataset.get("leakage", {}).get("against"))
-    return [path for table in tables if table for path in local_files(table)]
+    return [path for table in tables_of(dataset) for path in local_files(table)]
 
 
 def write(dataset, seed, path):
@@ -287,8 +284,8 @@ def labelled(source, counts):
         texts = texts_of(row, source["text"], where)
         labels = ids_of(row, source["label"], where)
         if len(texts) != len(labels):
-            message = f"expected {len(labels)} texts as labels, got {len(texts)}"
-            raise InputError(f"{where}: {message}")
+            message = f"expected {len(texts)}, one for each text, got {len(labels)}"
+            raise InputError(f"{where}: field '{source['label']}': {message}")
         for text, label in zip(texts, labels, strict=True):
             if names and label not in names:
                 message = f"expected one of {list(names)}, got {label!r}"

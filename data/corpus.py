@@ -121,19 +121,18 @@ def positives_of(group, rows, corpus, known_positives):
 
 
 class Mined:
-    """The negatives chosen for rows, as numbers of documents, and the scores of their positives."""
+    """The negatives chosen for rows, as numbers of documents, and the last teacher's scores."""
 
     def __init__(self, rows, most):
         """Room for `most` negatives of each of so many rows."""
         self.ids = np.full((rows, most), -1, np.int32)  # -1: none
-        self.scores = np.zeros((rows, most), np.float32)
+        self.scores = np.zeros((rows, most), np.float32)  # of the negatives
         self.positive_scores = []  # arrays, of all rows' positives one after the other
 
-    def add(self, row, ids, scores):
-        """Chooses documents (n,) with scores (n,) for a row, after those it has."""
+    def add(self, row, ids):
+        """Chooses documents (n,) for a row, after those it has."""
         start = self.count(row)
         self.ids[row, start : start + len(ids)] = ids
-        self.scores[row, start : start + len(ids)] = scores
 
     def count(self, row):
         return int((self.ids[row] >= 0).sum())

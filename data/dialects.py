@@ -160,6 +160,10 @@ def check_pooling(folder):
         raise InputError(f"model '{folder}': {message}: the layer would be an untrained one")
 
 
+OF_OURS = (".json", ".safetensors")  # endings of a model's files
+OF_PEERS = (*OF_OURS, ".bin", ".pt", ".txt", ".model")
+
+
 def model_files(folder):
     """The files that a model's vectors depend on; not a run's checkpoints and logs -> paths.
 
@@ -168,11 +172,11 @@ def model_files(folder):
     """
     folder = Path(folder)
     files = []
+    kinds = OF_PEERS if is_sentence_transformer(folder) else OF_OURS
     modules = [place for _, place in read_modules(folder) if place]
     modules.append("1_Pooling")  # it counts without modules.json too
     for place in (folder, *[folder / place for place in dict.fromkeys(modules)]):
-        found = [path for path in place.glob("*.*") if path.suffix in (".json", ".safetensors")]
-        files += sorted(found)
+        files += sorted(path for path in place.glob("*.*") if path.suffix in kinds)
     if is_adapter(folder):
         files += model_files(local_folder(adapter_base(folder)))
     return files

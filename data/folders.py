@@ -155,7 +155,7 @@ def check_shape(name, tensor, expected, where):
 
 
 def read_tokenizer(folder, c):
-    """tokenizer.json, checked against a Config: number of tokens, bos and eos."""
+    """tokenizer.json, checked against a Config: number of tokens, bos and eos, template."""
     path = Path(folder, "tokenizer.json")
     model = read_json(path).get("model")
     if not isinstance(model, dict) or "vocab" not in model:
@@ -168,6 +168,10 @@ def read_tokenizer(folder, c):
     if size > c.vocab_size or not wanted <= special:
         need = f"expected <= {c.vocab_size} tokens, special {wanted}"
         raise InputError(f"{path}: {need}; got {size}, special {special}")
+    for _, token in added:
+        if token.special and token.content in c.query_template:
+            got = f"{token.content!r} in {c.query_template!r}"
+            raise InputError(f"{folder}: query_template: expected no special token, got {got}")
     return tokenizer
 
 

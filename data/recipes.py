@@ -15,6 +15,7 @@ from data.commands import InputError, check_ranges
 from data.files import ROOT, cache, check_fields, read_json
 from data.leakage import OVERLAPS
 from data.rows import check_prompt
+from data.tables import tables_of
 
 KINDS = ("retrieval", "classification", "clustering", "sts", "synthetic")
 LABELS = ("examples", "names")  # documents of classes: other texts of the class, or its name
@@ -202,6 +203,10 @@ def locate_dataset(dataset, path, labels):
         file = dataset["names"] if by_names else dataset["file"]
         dataset["file"] = str(path.resolve().parent / file)
     else:
+        for table in tables_of(dataset):
+            beside = path.resolve().parent / table["path"]
+            if beside.exists():  # else it is of the hub
+                table["path"] = str(beside)
         by_names = labels == "names" and "label" in source and "documents" not in source
         stem = dataset["name"]
         if by_names:

@@ -137,7 +137,12 @@ def fingerprint(folder):
 
 def content(init, teacher, datasets):
     """What a run is made of, beside its settings: the same name may stand for another content."""
-    found = {f"rows of {data.name}": data.digest for data in datasets}
+    found = {"order of the data sets": [data.name for data in datasets]}
+    for data in datasets:
+        found[f"rows of {data.name}"] = data.digest
+        found[f"instruction of {data.name}"] = data.instruction
+        found[f"symmetric of {data.name}"] = data.symmetric
+        found[f"samples of {data.name}"] = len(data.rows)
     for part, name in (("init", init), ("teacher", teacher)):
         if name:
             found[part] = fingerprint(local_folder(resolve(name)))
@@ -145,14 +150,19 @@ def content(init, teacher, datasets):
 
 
 def check_same_run(run, before, now):
-    """Compares what a run was begun with and what it is asked to go on with, but for FREE."""
+    """Compares what a run was begun with and what it is asked to go on with, but for FREE.
+
+    What an earlier version did not write down counts as the same.
+    """
     for name, value in now.items():
         if name in FREE or before.get(name, value) == value:
             continue
         advice = "use the same, --restart or another --out"
         if name == "content":  # hashes say nothing to a reader
-            keys = [*value, *before[name]]
-            changed = [key for key in keys if before[name].get(key) != value.get(key)]
+            old = value | before[name]
+            changed = [key for key in old if old[key] != value.get(key)]
+            if not changed:
+                continue
             raise InputError(f"{run}: was begun with other content: {changed[0]}; {advice}")
         raise InputError(
             f"{run}: was begun with {name} = {before[name]!r}, now {value!r}; {advice}"

@@ -51,8 +51,9 @@ V1 = "/v1/chat/completions"
 def main():
     args = parse_arguments()
     path = Path(f"{args.out}.journal")
-    if Path(args.out).exists() and not path.exists():
-        raise InputError(f"{args.out}: is in the way, not from this command: it has no journal")
+    for out in (args.out, f"{args.out}.json"):
+        if Path(out).exists() and not path.exists():
+            raise InputError(f"{out}: is in the way, not from this command: it has no journal")
     journal = Journal(path, args)
     pool = ThreadPoolExecutor(args.concurrency)
     rows = []

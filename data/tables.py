@@ -48,12 +48,27 @@ def read_table(table):
 
 
 def local_files(table):
-    """The files of a table that are on this machine, none of one of the hub."""
+    """The files of a table that are on this machine, none of one of the hub; no hidden ones.
+
+    Of a folder they are all: `datasets` reads more formats than those named here.
+    """
     path = Path(table["path"])
     if path.is_file():
         return [path]
     files = sorted(file for file in path.rglob("*") if file.is_file())
-    return [file for file in files if file_ending(str(file)) in FILE_FORMATS]
+    return [file for file in files if not is_hidden(file.relative_to(path))]
+
+
+def is_hidden(path):
+    return any(part.startswith(".") for part in path.parts)
+
+
+def tables_of(dataset):
+    """The tables that an entry of a recipe is made from."""
+    source = dataset["source"]
+    tables = [source, source.get("queries"), source.get("corpus")]
+    tables.append(dataset.get("leakage", {}).get("against"))
+    return [table for table in tables if table]
 
 
 def file_ending(path):
@@ -67,7 +82,7 @@ def open_table(table, config):
 
     logging.set_verbosity(logging.CRITICAL)  # its errors repeat what it would log
     options = {"split": table["split"], "revision": table.get("revision")}
-    files = local_files(table)
+    files = [file for file in local_files(table) if file_ending(str(file)) in FILE_FORMATS]
     if files and all(file_ending(str(file)) in MARKS for file in files):
         options |= text_cells(files)
     return load_dataset(table["path"], config, streaming=True, **options)
@@ -175,7 +190,7 @@ def read_parquet(path):
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path}:{number}", row
-    except (OSError, ArrowException) as error:
+    except (OSError, ArrowException, OverflowError) as error:  # the last: a date after year 9999
         raise InputError(f"{path}: {one_line(error)}") from error
 
 
@@ -206,20 +221,20 @@ def read_objects(path):
 def get(row, name, where):
     """A field's value; "a.b" is field b of object a, or of every object of list a.
 
-    A field of the row that is itself called "a.b" comes first.
+    A field of the row that is itself called "a.b" comes first. An object that is null has no fields
+    and is missing.
     """
     if name in row:
         return row[name]
     value = row
     for part in name.split("."):
-        for item in as_list(value):
+        items = [item for item in as_list(value) if item is not None]
+        for item in items:
             fields = list(item) if isinstance(item, dict) else []
             if part not in fields:
                 raise InputError(f"{where}: field '{name}': missing, found {fields}")
-        if isinstance(value, list):
-            value = [item[part] for item in value]
-        else:
-            value = value[part]
+        values = [item[part] for item in items]
+        value = values if isinstance(value, list) else (values or [None])[0]
     return value
 
 
@@ -240,11 +255,13 @@ def texts_of(row, names, where):
 
 
 def ids_of(row, name, where):
-    """A field's ids or labels, which are names or numbers, as strings."""
+    """A field's ids or labels, which are names or numbers, as strings; null ones are missing."""
     if isinstance(name, list):
         return texts_of(row, name, where)
     ids = []
     for value in as_list(get(row, name, where)):
+        if value is None:
+            continue
         if not isinstance(value, (str, int)):
             message = f"expected names or numbers, got {[value]!r:.60}"
             raise InputError(f"{where}: field '{name}': {message}")

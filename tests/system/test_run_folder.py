@@ -18,7 +18,7 @@ import nvembed
 import train
 
 from data.ranks import Stopped
-from data.files import write_rows
+from data.files import read_json, write_json, write_rows
 from data.runs import checkpoint, fingerprint
 
 # ---- files of a user
@@ -172,6 +172,55 @@ def test_a_run_is_of_its_rows(recipe, tmp_path):
     assert f"{run}: was begun with other content: rows of my" in line
     shutil.copy(paths[1], paths[0])
     assert "other content: rows of my" in told(command(recipe, *flags, paths[0]))
+
+
+def test_a_run_is_of_how_its_recipe_uses_rows(recipe, tmp_path):
+    """Instruction, symmetry, number of samples, order: each told by its name."""
+    path = tmp_path / "recipe.json"
+    original = read_json(recipe)
+    (first,) = original["datasets"]
+    write_rows(tmp_path / "more.jsonl", some_rows(40, seed=2))
+    more = first | {"name": "more", "file": "more.jsonl"}
+    original["datasets"] = [first | {"file": str(recipe.parent / first["file"])}, more]
+    run = tmp_path / "run"
+    flags = ("--steps", 1, "--out", run)
+
+    def after(**changes):
+        first, *others = original["datasets"]
+        write_json(path, original | {"datasets": [first | changes, *others]})
+        return command(path, *flags)
+
+    assert after()[0] == 0
+    name = original["datasets"][0]["name"]
+    changed = {"instruction": "Another task", "symmetric": True, "samples": 20}
+    for field, value in changed.items():
+        assert f"begun with other content: {field} of {name}" in told(after(**{field: value}))
+    original["datasets"].reverse()
+    assert "begun with other content: order of the data sets" in told(after())
+    original["datasets"].reverse()
+    assert "finished already" in after()[1]
+
+    # an earlier version wrote less down
+    state_path = checkpoint(run) / "state.json"
+    state = read_json(state_path)
+    content = state["settings"]["content"]
+    state["settings"]["content"] = {key: content[key] for key in content if "rows of" in key}
+    state_path.write_text(json.dumps(state))
+    assert "finished already" in after()[1]
+
+
+def test_a_run_with_another_mask_or_pooling_begins_anew(recipe, tmp_path):
+    """From its merged model, and the change is told; with the same ones its adapters go on."""
+    first = tmp_path / "first"
+    assert command(recipe, "--steps", 1, "--causal", "--pooling", "mean", "--out", first)[0] == 0
+    flags = ("--steps", 1, "--init", first, "--out")
+    code, _, err = command(recipe, *flags, tmp_path / "same", "--causal", "--pooling", "mean")
+    assert code == 0 and "->" not in err
+    assert read_json(checkpoint(tmp_path / "same") / "state.json")["base"] != str(first)
+    code, _, err = command(recipe, *flags, tmp_path / "other")
+    assert code == 0
+    assert "pooling mean -> latent" in err and "causal True -> False" in err
+    assert read_json(checkpoint(tmp_path / "other") / "state.json")["base"] == str(first)
 
 
 def test_a_run_goes_on_with_other_free_settings(recipe, whole, stopped, tmp_path):

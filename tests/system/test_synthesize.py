@@ -214,6 +214,7 @@ def test_a_finished_run_asks_nothing_and_grows(serve, tmp_path):
     assert len(for_rows(server)) == 30
     out.unlink()  # control: without its journal everything is asked again
     journal_of(out).unlink()
+    Path(f"{out}.json").unlink()
     finished(server, out, tasks=20)
     assert len(for_rows(server)) == 50
 
@@ -495,14 +496,15 @@ def test_a_key_that_no_header_can_hold(serve, tmp_path, monkeypatch, key):
     assert not server.asked
 
 
-def test_a_file_of_the_user_stays(serve, tmp_path):
-    out = tmp_path / "rows.jsonl"
-    out.write_text("mine")
-    code, _, stderr = command(serve(), out, tasks=1)
+@pytest.mark.parametrize("name", ("rows.jsonl", "rows.jsonl.json"))
+def test_a_file_of_the_user_stays(name, serve, tmp_path):
+    own = tmp_path / name
+    own.write_text("mine")
+    code, _, stderr = command(serve(), tmp_path / "rows.jsonl", tasks=1)
     assert code == 2
-    assert "is in the way, not from this command" in stderr
-    assert out.read_text() == "mine"
-    assert list(tmp_path.iterdir()) == [out]
+    assert f"{own}: is in the way, not from this command" in stderr
+    assert own.read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [own]
 
 
 # ---- training on the rows

@@ -8,6 +8,8 @@ import gzip
 import json
 import re
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from sources import write_table
 
@@ -259,6 +261,25 @@ def test_a_dot_in_the_name_of_a_column(tmp_path, capsys):
     assert capsys.readouterr().out.endswith("pos = body; not used: rest\n")
 
 
+def test_scores_in_a_csv_are_numbers(tmp_path):
+    header = ["query", "pos", "neg", "pos_scores", "neg_scores"]
+    path = write_csv(tmp_path / "a.csv", [header, ["q", "1", "n", "0.9", "-1e-1"]])
+    row = {"query": "q", "pos": ["1"], "neg": ["n"], "pos_scores": [0.9], "neg_scores": [-0.1]}
+    assert rows_of(path) == [row]
+    path = write_csv(tmp_path / "b.csv", [header, ["q", "1", "n", "high", "0"]])
+    assert refused(path).startswith(f"{path}:1: column 'pos_scores': expected 1 numbers")
+
+
+def test_a_date_that_python_has_not(tmp_path):
+    """In a column that is not asked for."""
+    table = pyarrow.table({"question": ["q"], "answer": ["a"], "when": [2**58]})
+    when = pyarrow.array([2**58], pyarrow.timestamp("us"))
+    table = table.set_column(2, "when", when)
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    message = refused(tmp_path / "a.parquet", "query=question,pos=answer")
+    assert message == f"{tmp_path / 'a.parquet'}: date value out of range"
+
+
 def test_a_column_that_is_not_there(tmp_path):
     path = write_table(tmp_path / "a.parquet", QA)
     wanted = f"{path}:1: field 'b': missing, found ['question', 'answer']"
@@ -374,6 +395,20 @@ def test_files_of_a_folder_change_places(tmp_path):
     (folder / "train").rename(folder / "test")
     (folder / "validation").rename(folder / "train")
     assert rows_of(folder) == ROWS[1:2]
+
+
+def test_a_folder_of_another_format_is_told_by_its_content(tmp_path):
+    """datasets reads .arrow, .ndjson and more; a hidden file is none of the table's."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for rows in (QA[:1], QA[1:2]):
+        lines = [json.dumps(row) + "\n" for row in rows]
+        (folder / "train.ndjson").write_text("".join(lines))
+        assert rows_of(folder) == [ROWS[QA.index(rows[0])]]
+    before = data_entry(str(folder))["file"]
+    (folder / ".git").mkdir()
+    (folder / ".git/index").write_text("other")
+    assert data_entry(str(folder))["file"] == before
 
 
 def test_cells_of_a_folder_are_texts(tmp_path):

@@ -228,7 +228,7 @@ def test_changed_schema(name, tmp_path):
             "field 'label_text': expected names or numbers, got [1.5]",
         ),
         ("IMDB", "label", 2, "field 'label': expected one of ['0', '1'], got '2'"),
-        ("Reddit", "labels", ["a"], "expected 1 texts as labels, got 10"),
+        ("Reddit", "labels", ["a"], "field 'labels': expected 10, one for each text, got 1"),
         (
             "BioASQ",
             "relevant_passage_ids",

@@ -249,6 +249,14 @@ def test_tokenizer_of_another_vocabulary(folder, real_tokenizers):
         assert part in message
 
 
+def test_a_template_of_special_tokens(folder):
+    """They would be read as the letters that they are written with."""
+    message = error_of(NVEmbed.from_pretrained, folder, query_template="<s>{instruction}: ")
+    wanted = "query_template: expected no special token, got '<s>' in '<s>{instruction}: '"
+    assert message == f"{folder}: {wanted}"
+    NVEmbed.from_pretrained(folder, query_template="<t>{instruction}: ")  # control
+
+
 def test_tokenizer_without_the_special_tokens(folder):
     small = ref.tiny_tokenizer().to_str()
     small = small.replace('"</s>"', '"<end>"').replace('"<s>"', '"<start>"')

@@ -218,6 +218,19 @@ def test_several_teachers(here):
     assert ROWS[0]["neg"] == ["near copy", "fair a", "far b", "FAR   b"]
 
 
+def test_scores_of_several_teachers_are_the_last_ones(here):
+    """So a row's scores can be compared, and a document that two teachers chose has one."""
+    mined, _ = run_mine(("teacher", "other"), negatives=4)
+    for row in mined:
+        (query,) = encode("other", [row["query"]], [""])
+        for texts, scores in ((row["pos"], row["pos_scores"]), (row["neg"], row["neg_scores"])):
+            expected = [] if not texts else encode("other", texts, [""] * len(texts)) @ query
+            assert scores == pytest.approx(expected, abs=1e-4)
+    assert mined[0]["neg"] == ["fair a", "fair positive", "far b", "fair a"]
+    alone, _ = run_mine(("teacher",))
+    assert alone[0]["neg_scores"] != mined[0]["neg_scores"][:2]  # control
+
+
 def test_vectors_are_encoded_once_and_only_for_what_they_are(here, monkeypatch):
     monkeypatch.setattr(mine, "SHARD", 2)
     maps = here / "cache/maps"

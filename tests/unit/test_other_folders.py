@@ -118,6 +118,22 @@ def test_how_a_folder_pools_is_part_of_its_hash(pooled):
     assert content_hash(pooled) != before
 
 
+@pytest.mark.parametrize("name", ("0_Transformer/pytorch_model.bin", "vocab.txt"))
+def test_all_files_of_a_peer_are_part_of_its_hash(name, tmp_path):
+    """sentence-transformers loads weights and vocabularies in formats that are not ours."""
+    module = "sentence_transformers.models.Transformer"
+    modules = [{"idx": 0, "path": "0_Transformer", "type": module}]
+    write_json(tmp_path / "modules.json", modules)
+    write_json(tmp_path / "config.json", {"model_type": "bert"})
+    (tmp_path / "0_Transformer").mkdir()
+    (tmp_path / name).write_text("one")
+    before = content_hash(tmp_path)
+    (tmp_path / "README.md").write_text("no part of it")
+    assert content_hash(tmp_path) == before
+    (tmp_path / name).write_text("two")
+    assert content_hash(tmp_path) != before
+
+
 def test_a_folder_that_states_no_length(pooled):
     path = pooled / "config.json"
     write_json(path, read_json(path) | {"max_position_embeddings": None})

@@ -324,6 +324,24 @@ def test_bad_classes(tmp_path, change, message):
     assert read_recipe(path)["datasets"][0]["source"] == good
 
 
+def test_local_tables_stand_beside_the_recipe(tmp_path, monkeypatch):
+    """Like its files, wherever the command is called from; other names are of the hub."""
+    names = ("rows.jsonl", "queries.jsonl")
+    entry = nq_entry()
+    queries = {"path": names[1], "split": "a", "id": "b", "text": "c"}
+    entry["source"] = entry["source"] | {"path": names[0], "queries": queries}
+    for name in names:
+        (tmp_path / name).touch()
+    write_entry(tmp_path / "recipe.json", entry)
+    monkeypatch.chdir("/")
+    (found,) = read_recipe(tmp_path / "recipe.json")["datasets"]
+    assert found["source"]["path"] == str(tmp_path / names[0])
+    assert found["source"]["queries"]["path"] == str(tmp_path / names[1])
+    (tmp_path / names[0]).unlink()
+    (found,) = read_recipe(tmp_path / "recipe.json")["datasets"]
+    assert found["source"]["path"] == names[0]  # control
+
+
 def test_file_or_source(tmp_path):
     path = tmp_path / "recipe.json"
     entry = nq_entry()

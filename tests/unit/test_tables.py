@@ -178,7 +178,12 @@ def test_fields():
     assert tables.texts_of(row, ["t", "empty", "a.b"], "here") == ["z x"]
     assert tables.ids_of(row, "n", "here") == ["3"]
     assert tables.get(row | {"a.b": "dot"}, "a.b", "here") == "dot"
-    for name in ("b", "a.c", "list.c", "t.b"):
+    row |= {"null": None, "some": [None, {"b": 1}, {"b": None}]}
+    assert tables.get(row, "null.b", "here") is None
+    assert tables.get(row, "some.b", "here") == [1, None]
+    assert tables.ids_of(row, "some.b", "here") == ["1"]
+    assert tables.ids_of(row, "null", "here") == []
+    for name in ("b", "a.c", "list.c", "t.b", "some.c"):
         with pytest.raises(InputError, match=f"^here: field '{name}': missing, found "):
             tables.get(row, name, "here")
     with pytest.raises(InputError, match="^here: field 'n': expected a string or strings, got"):
