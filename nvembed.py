@@ -559,19 +559,16 @@ class LatentAttention(nn.Module):
 def pool(hidden, tokens, pooling):
     """hidden (S, D) of B packed texts -> (B, D): the mean of a text's tokens, or its last one.
 
-    The mean leaves out a text's first `not_pooled` tokens: see `tokenize`. It is a product with the
-    matrix of which token is pooled for which text: few kernels, where a loop has hundreds.
+    The mean leaves out a text's first `not_pooled` tokens: see `tokenize`.
     """
-    ends = list(itertools.accumulate(len(text.ids) for text in tokens))
     if pooling == "eos":
+        ends = itertools.accumulate(len(text.ids) for text in tokens)
         return hidden[[end - 1 for end in ends]]
-    owners = torch.full((len(hidden),), -1)  # (S,): the text that a token is pooled for
-    for i, (text, end) in enumerate(zip(tokens, ends, strict=True)):
-        owners[end - len(text.ids) + text.not_pooled : end] = i
-    owners = owners.to(hidden.device, non_blocking=True)
-    texts = torch.arange(len(tokens), device=hidden.device)[:, None]  # (B, 1)
-    pooled = (texts == owners).to(hidden.dtype)  # (B, S)
-    return pooled @ hidden / pooled.sum(dim=1, keepdim=True)
+    # of each text, how many tokens are not pooled and how many are
+    sizes = [(text.not_pooled, len(text.ids) - text.not_pooled) for text in tokens]
+    sizes = torch.tensor(sizes).flatten().to(hidden.device, non_blocking=True)  # (2 B,)
+    sums = torch.segment_reduce(hidden, "sum", lengths=sizes, unsafe=True)  # unsafe: no checks
+    return sums[1::2] / sizes[1::2, None]
 
 
 def shorten(x, dims):
@@ -696,6 +693,7 @@ class NVEmbed(nn.Module):
         Where that fails, for instance without a C++ compiler, the code runs as it is.
         """
         torch._dynamo.config.suppress_errors = True
+        torch._dynamo.config.recompile_limit = 32  # variants: gradient or not, dropout or not, ...
         torch._inductor.config.fallback_random = True  # dropout's masks are those of plain code
         functions = (Attention.project, RMSNorm.forward, MLP.forward)
         project, norm, mlp = [torch.compile(function, dynamic=True) for function in functions]

@@ -573,16 +573,18 @@ def export(run, s, datasets, device):
     for dataset in datasets:
         rows = dataset.held_out if len(dataset.held_out) else dataset.rows
         texts.extend(rows[i]["pos"][0] for i in range(min(16, len(rows))))
-    adapted = model.encode(texts, max_length=s.max_length)
+    limits = {"max_length": s.max_length, "batch_tokens": s.micro_tokens}
+    adapted = model.encode(texts, **limits)
     if not np.isfinite(adapted).all():
         raise InputError(f"{run}: trained, not exported: its embeddings are not finite")
     if s.lora_rank:
         nvembed.save_adapter(model, run / "adapter", resolve(base))
     model.save_pretrained(run, export_dtype)
+    del model  # a GPU may have no room for both
     merged = NVEmbed.from_pretrained(run, device, export_dtype)
     merged.dtype = torch.float32
-    cosine = (adapted * merged.encode(texts, max_length=s.max_length)).sum(axis=1).min()
-    finish(run, s.steps, datasets, model.config.query_template)
+    cosine = (adapted * merged.encode(texts, **limits)).sum(axis=1).min()
+    finish(run, s.steps, datasets, merged.config.query_template)
     saved = f"{run}: saved in {str(export_dtype).removeprefix('torch.')}"
     print(f"{saved}; cosine of merged against adapted: lowest {cosine:.6f}")
 

@@ -101,13 +101,21 @@ def read_adapter(folder, expected):
     return state
 
 
+def is_released(base):
+    """Whether AutoModel(base) is the released class, in which the decoder is `embedding_model`."""
+    config = local_folder(base) / "config.json"
+    return config.exists() and "text_config" in read_json(config)
+
+
 def write_adapter(path, state, base, r, alpha, dropout, targets):
     """Writes the folder of a LoRA adapter of AutoModel(base); `state` has our decoder's names."""
+    is_decoder = not is_released(base)
     file = folder_to_write(path, "config.json") / "adapter_model.safetensors"
     check_finite(state, file)
     tensors = {}
     for name, tensor in state.items():
-        name = name.removeprefix("embedding_model.")
+        if is_decoder:
+            name = name.removeprefix("embedding_model.")
         tensors[f"base_model.model.{name}.weight"] = tensor.detach().cpu()
     config = {
         "peft_type": "LORA",

@@ -88,7 +88,10 @@ RANGES = {  # name: its interval, a round bracket leaving out its end
     "drop_blocks": "[0, inf)",
 }
 DTYPES = ("float32", "bfloat16", "float16")  # of saved weights; oracles compute in float64 too
-CHOICES = dict.fromkeys(("dtype", "export_dtype"), ("auto", *DTYPES))  # of train.Settings too
+CHOICES = {  # of train.Settings too
+    "dtype": ("auto", "float32", "bfloat16"),  # gradients in float16 would need a scaled loss
+    "export_dtype": ("auto", *DTYPES),
+}
 
 
 def check_ranges(values, where=""):

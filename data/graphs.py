@@ -128,7 +128,7 @@ def begin_copy(vectors, rows, places):
     copy = vectors.to("cpu", non_blocking=True)  # into pinned memory
     copied = torch.cuda.Event() if vectors.is_cuda else None
     if copied is not None:
-        copied.record()
+        copied.record(torch.cuda.current_stream(vectors.device))  # not of the current device
 
     def store():
         if copied is not None:

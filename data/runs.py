@@ -113,7 +113,7 @@ def is_finished(run):
 
 # ---- what a run is
 
-FREE = ("micro_tokens", "recompute", "compile", "save_every", "eval_every", "keep")
+FREE = ("micro_tokens", "recompute", "compile", "save_every", "eval_every", "keep", "shard_ranks")
 
 
 def fingerprint(folder):

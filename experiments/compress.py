@@ -39,7 +39,7 @@ from tqdm import tqdm
 import nvembed
 import train
 from data.base import resolve
-from data.commands import DTYPES, Flags, InputError, run_command
+from data.commands import CHOICES, DTYPES, Flags, InputError, run_command
 from data.files import write_json
 from data.folders import torch_dtype
 from data.machine import fast_dtype
@@ -302,7 +302,7 @@ def parse_arguments():
     flag("--out", default="runs/pruned", help="folder of the compressed model")
     recipe = "default: as in the recipe's stage 3"
     flag("--max-length", type=int, help=f"tokens of a text; {recipe}")
-    flag("--dtype", choices=("auto", *DTYPES), help=f"of the arithmetic; {recipe}")
+    flag("--dtype", choices=CHOICES["dtype"], help=f"of the arithmetic; {recipe}")
     flag("--export-dtype", choices=DTYPES, help=f"of the saved weights; {recipe}")
     flag("--seed", type=int, help=f"of the rows that are drawn; {recipe}")
     parser.set_defaults(stage=3)

@@ -43,6 +43,39 @@ def load_peft(model, base):
     return peft.PeftModel.from_pretrained(oracle, folder, is_trainable=True).eval()
 
 
+class NVEmbedModel(transformers.PreTrainedModel):
+    """The decoder where the released class has it."""
+
+    config_class = transformers.MistralConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embedding_model = transformers.MistralModel(config)
+        self.post_init()
+
+    def forward(self, **inputs):
+        return self.embedding_model(**inputs)
+
+
+def test_an_adapter_of_a_released_model_in_peft(released, tmp_path):
+    model = with_lora(released)
+    nvembed.save_adapter(model, tmp_path, released)
+    shape = ref.TINY | {"sliding_window": None}
+    oracle = NVEmbedModel(transformers.MistralConfig(**shape, attn_implementation="eager")).eval()
+    oracle.load_state_dict(ref.read_released(released), strict=False)
+    ids = random_ids(20)
+    inputs = {"input_ids": torch.tensor([ids]), "attention_mask": ref.bidirectional_mask([20])}
+    with torch.no_grad():
+        plain = oracle(**inputs).last_hidden_state[0]
+        oracle = peft.PeftModel.from_pretrained(oracle, tmp_path).eval()
+        theirs = oracle(**inputs).last_hidden_state[0]
+        ours = model.embedding_model(torch.tensor(ids), (20,), torch.float32)
+    assert (theirs - ours).abs().max() <= 1e-4
+    assert (theirs - plain).abs().max() > 0.1  # control
+    again = NVEmbed.from_pretrained(tmp_path)
+    assert gap(again.encode(TEXTS), model.encode(TEXTS)) <= 1e-6
+
+
 # ---- forward and backward
 
 
@@ -310,6 +343,7 @@ def test_an_adapter_whose_base_is_null_or_gone(name, words, base, tmp_path):
 def test_an_adapter_of_an_adapter(base, tmp_path):
     nvembed.save_adapter(with_lora(base), tmp_path / "a", base)
     nvembed.save_adapter(with_lora(base), tmp_path / "b", tmp_path / "a")
+    (tmp_path / "c").mkdir()
     nvembed.save_adapter(with_lora(base), tmp_path / "c", tmp_path / "c")
     assert "expected a whole model" in error_of(NVEmbed.from_pretrained, tmp_path / "b")
     assert "expected a whole model" in error_of(NVEmbed.from_pretrained, tmp_path / "c")

@@ -226,6 +226,7 @@ def test_a_run_with_another_mask_or_pooling_begins_anew(recipe, tmp_path):
 def test_a_run_goes_on_with_other_free_settings(recipe, whole, stopped, tmp_path):
     run = shutil.copytree(stopped, tmp_path / "run")
     free = ("--micro-tokens", 128, "--recompute", "--save-every", 3, "--eval-every", 2)
+    free += ("--shard-ranks", 1)
     code, _, err = command(recipe, "--out", run, *free)
     assert code == 0, err
     assert [line["step"] for line in log(run)] == list(range(11))

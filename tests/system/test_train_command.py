@@ -130,9 +130,6 @@ def test_stage_two_goes_on_with_stage_one(recipe, whole, base, tmp_path, monkeyp
     steps = {float(t) for n, t in optimizer.items() if n.endswith(".step")}
     assert steps == {2.0}  # begun anew
     assert json.loads((checkpoint(two) / FILES[2]).read_text())["base"] == str(base)
-    line = told(command(recipe, *stage, "--out", tmp_path / "odd", "--pooling", "mean"))
-    assert "latent_attention_model" in line
-    assert "missing or of another shape" in line
 
 
 BEFORE = (
@@ -288,10 +285,10 @@ BAD_FLAGS = [
     (["--teacher", "no/such"], "--teacher: expected --distill above 0"),
     (["--keep-zeros"], "keep_zeros: expected lora_rank 0, got 4"),
     (["--tensorboard", "board"], "expected the package tensorboard"),
-    (["--dtype", "int7"], "dtype: expected one of"),
+    (["--dtype", "float16"], "dtype: expected one of ('auto', 'float32', 'bfloat16'), got"),
     (
         ["--export-dtype", "int7"],
-        "dtype: expected one of ('auto', 'float32', 'bfloat16', 'float16')",
+        "dtype: expected one of ('auto', 'float32', 'bfloat16', 'float16'), got",
     ),
     (["--seed", 10**20], "--seed: expected a number in [0, 1e18)"),
     (["--init", "no/such"], "model 'no/such'"),

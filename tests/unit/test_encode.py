@@ -119,6 +119,19 @@ def test_compiled_encode_is_the_eager_one(base):
     assert gap(model.encode(TEXTS, TASK), eager) <= 5e-6
 
 
+@pytest.mark.parametrize("pooling", ("latent", "mean"))
+def test_a_text_that_is_not_finite_harms_no_other(pooling, base):
+    """Not even in its batch."""
+    model = NVEmbed.from_pretrained(base, pooling=pooling)
+    texts = ["the river", "Z", "a stone"]
+    others = model.encode(texts[::2])
+    (token,) = set(model.tokenize(["Z"])[0].ids) - set(model.tokenize([""])[0].ids)
+    model.embedding_model.embed_tokens.weight.data[token] = torch.inf
+    embeddings = model.encode(texts)
+    assert np.isnan(embeddings[1]).all()
+    assert gap(embeddings[::2], others) <= 1e-6
+
+
 def test_pack_keeps_every_text_once_within_the_budget():
     tokens = [Tokens([5] * n, 0) for n in (3, 9, 1, 9, 4, 4, 2, 8)]
     batches = nvembed.pack(tokens, 10)
