@@ -137,7 +137,7 @@ def fingerprint(folder):
 
 def content(init, teacher, datasets):
     """What a run is made of, beside its settings: the same name may stand for another content."""
-    found = {"order of the data sets": [data.name for data in datasets]}
+    found = {"data sets and their order": [data.name for data in datasets]}
     for data in datasets:
         found[f"rows of {data.name}"] = data.digest
         found[f"instruction of {data.name}"] = data.instruction

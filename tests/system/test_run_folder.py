@@ -196,7 +196,7 @@ def test_a_run_is_of_how_its_recipe_uses_rows(recipe, tmp_path):
     for field, value in changed.items():
         assert f"begun with other content: {field} of {name}" in told(after(**{field: value}))
     original["datasets"].reverse()
-    assert "begun with other content: order of the data sets" in told(after())
+    assert "begun with other content: data sets and their order" in told(after())
     original["datasets"].reverse()
     assert "finished already" in after()[1]
 
