@@ -6,11 +6,14 @@ system/  processes, kills, ranks                   A test of more than a few sec
 
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# a shell starts what it runs in the background deaf to Ctrl-C, and that is inherited
+signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parent.parent
 for folder in ("tests/system", "tests/oracle", "tests", "."):
     sys.path.insert(0, str(ROOT / folder))
