@@ -204,7 +204,7 @@ def test_two_ranks_share_texts_and_keep_their_order(released, tmp_path, monkeypa
 def test_use_from_other_libraries(base, tmp_path, monkeypatch):
     """mteb, FAISS and PEFT with a run of ours, by the lines of experiments/RESULTS.md."""
     document = (ROOT / "experiments/RESULTS.md").read_text()
-    (code,) = re.findall(r"```python\n(import faiss, mteb.*?)```", document, re.DOTALL)
+    (code,) = re.findall(r"```python\n(import mteb.*?)```", document, re.DOTALL)
     model = nvembed.NVEmbed.from_pretrained(base)
     nvembed.add_lora(model, r=2)
     for name, parameter in model.named_parameters():
@@ -213,7 +213,7 @@ def test_use_from_other_libraries(base, tmp_path, monkeypatch):
     model.save_pretrained(tmp_path / "runs/stage2", torch.float32)
     nvembed.save_adapter(model.eval(), tmp_path / "runs/stage2/adapter", base)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("data.base.base", lambda: base)
+    monkeypatch.setattr("data.base.base", {24: base}.get)
     found = {}
     exec(code, found)
     assert -1 <= found["results"].task_results[0].get_score() <= 1
