@@ -109,13 +109,12 @@ def is_released(base):
 
 def write_adapter(path, state, base, r, alpha, dropout, targets):
     """Writes the folder of a LoRA adapter of AutoModel(base); `state` has our decoder's names."""
-    is_decoder = not is_released(base)
+    outside = "" if is_released(base) else "embedding_model."  # what AutoModel(base) has not
     file = folder_to_write(path, "config.json") / "adapter_model.safetensors"
     check_finite(state, file)
     tensors = {}
     for name, tensor in state.items():
-        if is_decoder:
-            name = name.removeprefix("embedding_model.")
+        name = name.removeprefix(outside)
         tensors[f"base_model.model.{name}.weight"] = tensor.detach().cpu()
     config = {
         "peft_type": "LORA",

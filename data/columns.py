@@ -114,8 +114,8 @@ def hash_of(content):
 
 def hash_of_files(table):
     folder = Path(table["path"])
-    names = [str(file.relative_to(folder)) for file in local_files(table)]
-    return hash_of([(name, digest(folder / name)) for name in names])
+    files = local_files(table)
+    return hash_of([(str(file.relative_to(folder)), digest(file)) for file in files])
 
 
 def hub_revision(data, table, stem):

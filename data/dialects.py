@@ -8,7 +8,7 @@ import hashlib
 import sys
 from pathlib import Path
 
-from data.adapters import adapter_base, is_adapter
+from data.adapters import adapter_base, is_adapter, is_released
 from data.commands import InputError
 from data.files import check_fields, read_json, sha256
 from data.folders import LATENT_FIELDS, local_folder
@@ -155,7 +155,7 @@ def check_pooling(folder):
         return
     base = adapter_base(folder)
     stated = pooling_fields(folder, base) | config_fields(base, {"pooling"})
-    if "pooling" not in stated and "text_config" not in read_json(base / "config.json"):
+    if "pooling" not in stated and not is_released(base):
         message = "expected an adapter that says how to pool, or whose base does"
         raise InputError(f"model '{folder}': {message}: the layer would be an untrained one")
 

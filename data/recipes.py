@@ -195,18 +195,20 @@ def check_leakage(leakage, where):
 def locate_dataset(dataset, path, labels):
     """Fills in where a data set's rows are: "file", and the "corpus" that mining searches.
 
-    With `labels` "names", the rows are the data set's label-based form if it has one.
+    Its sources' paths are made whole where they stand beside the recipe. With `labels` "names", the
+    rows are the data set's label-based form if it has one.
     """
     source = dataset.get("source")
+    here = path.resolve().parent
     if source is None:
         by_names = labels == "names" and "names" in dataset
         file = dataset["names"] if by_names else dataset["file"]
-        dataset["file"] = str(path.resolve().parent / file)
+        dataset["file"] = str(here / file)
     else:
         for table in tables_of(dataset):
-            beside = path.resolve().parent / table["path"]
-            if beside.exists():  # else it is of the hub
-                table["path"] = str(beside)
+            local = here / table["path"]
+            if local.exists():  # else it is of the hub
+                table["path"] = str(local)
         by_names = labels == "names" and "label" in source and "documents" not in source
         stem = dataset["name"]
         if by_names:
