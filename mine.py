@@ -46,8 +46,15 @@ from nvembed import NVEmbed
 
 # The rules (see `allowed`) and their default bounds. sampled and top1 filter as percpos does and
 # then choose at random (see `choose`).
-RULES = {"percpos": 0.95, "naive": 1e9, "shifted": 10, "abs": 0.7, "margin": 0.05}
-RULES |= {"sampled": 0.95, "top1": 0.95}
+RULES = {
+    "percpos": 0.95,
+    "naive": 1e9,  # no score reaches it
+    "shifted": 10,
+    "abs": 0.7,
+    "margin": 0.05,
+    "sampled": 0.95,
+    "top1": 0.95,
+}
 DTYPES = ("bfloat16", "float32")
 MINED_KINDS = ("retrieval", "sts")  # of a recipe's data sets
 SHARD = 4096  # vectors in a file
@@ -116,7 +123,8 @@ def take(shards, ids):
     """Vectors with sorted ids (n,) -> (n, D). All shards but the last are equally long."""
     shard_of, row_of = np.divmod(ids, len(shards[0]))
     rows = {i: torch.from_numpy(row_of[shard_of == i]) for i in np.unique(shard_of)}
-    return torch.cat([shards[i].index_select(0, rows[i]) for i in rows])  # [] takes twice as long
+    # index_select, as indexing by [] takes twice as long
+    return torch.cat([shards[i].index_select(0, rows[i]) for i in rows])
 
 
 # ---- search
@@ -224,9 +232,9 @@ def best_by_faiss(queries, block, n):
 
 
 def best_by_products(queries, block, best):
-    """The same by products in the queries' dtype, but only as many as can enter `best` (Q, n).
+    """The best of a block (m, D) by products in the queries' dtype -> scores, row numbers.
 
-    After some blocks these are few, and a topk of few is fast.
+    Only as many as can enter `best` (Q, n): after some blocks few, and a topk of few is fast.
     """
     scores = queries @ block.T  # (Q, m)
     above = scores > best.amin(dim=1, keepdim=True)
@@ -288,14 +296,12 @@ def allowed(scores, positive, known, rule, bound):
     """Which candidates a rule of NV-Retriever (section 3) lets pass as negatives -> (Q, n).
 
     scores (Q, n), best first; positive (Q,), the lowest score of a query's positives; known
-    (Q, n), which candidates are positives. All comparisons are strict.
+    (Q, n), which candidates are positives or the query itself. All comparisons are strict.
     """
     positive = positive[:, None]  # (Q, 1)
-    if rule == "naive":  # Naive Top-K: all, as no score reaches the default bound
-        return scores < bound
     if rule == "shifted":  # Top-K shifted by N: rank > N, positives not counted
         return np.cumsum(~known, axis=1) > bound
-    if rule == "abs":  # TopK-Abs: score < bound
+    if rule in ("naive", "abs"):  # Naive Top-K, by its default bound; TopK-Abs: score < bound
         return scores < bound
     if rule == "margin":  # TopK-MarginPos: score < positive - bound
         return scores < positive - bound
@@ -329,8 +335,9 @@ def mine(rows, teachers, entry, args, corpus_paths=()):
 
     Each of several teachers chooses its share of a row's negatives. One that two of them choose
     is there twice, which NV-Retriever found best, unless args.distinct. All scores are those of
-    the last teacher. The counts divide all candidates into known positives, dropped by the rule,
-    surplus and kept. The rows are a generator. Ranks other than 0 only help to encode.
+    the last teacher. The counts divide all candidates into known positives (with them the query's
+    own text and, with args.distinct, what an earlier teacher chose), dropped by the rule, surplus
+    and kept. The rows are a generator. Ranks other than 0 only help to encode.
     """
     corpus = Corpus(rows, corpus_paths)
     known_positives = KnownPositives([rows])
@@ -411,10 +418,10 @@ def score_positives(queries, positives, shards, memory):
 
 def mine_file(entry, teachers, args):
     """Mines one data set into args.out, unless it is there with the same settings."""
-    target, report, corpus = places(entry, args)
+    target, report, corpus = paths_of(entry, args)
     rows = read_rows(entry["file"], shown=entry.get("shown"))
-    other = ("recipe", "data", "columns", "out", "memory")
-    plan = {name: value for name, value in vars(args).items() if name not in other}
+    without_effect = ("recipe", "data", "columns", "out", "memory")  # on the rows, or named below
+    plan = {name: value for name, value in vars(args).items() if name not in without_effect}
     plan["corpus"] = [files.digest(path) for path in corpus]
     plan["teacher"] = [teacher.digest for teacher in teachers]
     plan["name"] = target.name
@@ -440,18 +447,18 @@ def mine_file(entry, teachers, args):
             print(f"{target}: no negative passed the rule {args.rule}: another --rule or --model?")
 
 
-def places(entry, args):
+def paths_of(entry, args):
     """Where an entry's mined rows and report go, and the corpora that it is mined from."""
     target = Path(args.out, Path(entry["file"]).name)
     corpus = [path for path in (*args.corpus, entry.get("corpus")) if path]
     return target, Path(f"{target}.json"), corpus
 
 
-def check_places(entries, args):
+def check_paths(entries, args):
     """Refuses outputs that are inputs, and two of one name, before anything is written."""
     outputs, inputs = [], [args.recipe]
     for entry in entries:
-        target, report, corpus = places(entry, args)
+        target, report, corpus = paths_of(entry, args)
         outputs += [target, report]
         inputs += [entry["file"], entry.get("shown", entry["file"]), *corpus]
     files.check_outputs(outputs, inputs)
@@ -492,7 +499,7 @@ def main():
         entries = [data_entry(data, args.columns) for data in args.data]
     elif args.columns:
         raise InputError("--columns: expected --data with it")
-    check_places(entries, args)
+    check_paths(entries, args)
     if not args.max_length:
         args.max_length = recipe["stages"].get("1", {}).get("max_length", 512)
     if args.bound is None:

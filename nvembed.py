@@ -168,10 +168,11 @@ def pack(tokens, batch_tokens):
 
 
 class Linear(nn.Linear):
-    """W x + b and, with a LoRA adapter (Hu et al. 2021), + (alpha / r) B A dropout(x).
+    """W x + b and, with a LoRA adapter (Hu et al. 2021), + B low.
 
-    It computes in the dtype of x, whatever the weights are stored in: trained weights stay fp32.
-    forward(x) alone is W x + b: the caller passes the adapter's half, `low`, from `lora_low`.
+    There low = scale A dropout(x), with scale = alpha / r. The caller passes it: `lora_low`
+    computes it once for all layers that read x. It computes in the dtype of x, whatever the weights
+    are stored in: trained weights stay fp32.
     """
 
     r = 0  # rank of the adapter, 0: none
@@ -186,7 +187,7 @@ class Linear(nn.Linear):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x, low=None):
-        """x (S, in) -> (S, out). low (S, r) is scale A dropout(x): see `lora_low`."""
+        """x (S, in), low (S, r) -> (S, out)."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
         out = F.linear(x, self.weight.to(x.dtype), bias)
         if low is None:
@@ -202,9 +203,9 @@ class Linear(nn.Linear):
 
 
 def lora_low(x, dropout, *layers):
-    """scale A dropout(x) of each Linear that reads x, (S, r), by one product; None without adapter.
+    """For each of `layers`, which all read x: low = scale A dropout(x), (S, r), or None.
 
-    The layers share one dropout of x.
+    None is for a layer without adapter. One dropout of x and one product serve all.
     """
     adapted = [layer for layer in layers if layer.r]
     if not adapted:
@@ -303,7 +304,7 @@ def attend(q, k, v, lengths, causal, window=None):
     if has_varlen_kernel(q):
         return attend_varlen(q, k, v, lengths, causal, window)
 
-    # On CPUs in fp32: for bf16 products oneDNN makes, and keeps, kernels for every length.
+    # CPUs compute it in fp32: for bf16 products oneDNN makes, and keeps, kernels for every length.
     dtype = q.dtype if q.is_cuda else torch.promote_types(q.dtype, torch.float32)
     # Neighbours of equal length are computed at once: `pack` sorts texts by length.
     groups = [(length, len(list(equal))) for length, equal in itertools.groupby(lengths)]
@@ -446,6 +447,7 @@ class Decoder(nn.Module):
         return self.states(x, rope, lengths)
 
     def states(self, x, rope, lengths):
+        """Embeddings (S, D) -> last states (S, D); what `replay_queries` replaces."""
         for block in self.layers:
             x = block(x, rope, lengths)
         return self.norm(x)
@@ -564,11 +566,11 @@ def pool(hidden, tokens, pooling):
     if pooling == "eos":
         ends = itertools.accumulate(len(text.ids) for text in tokens)
         return hidden[[end - 1 for end in ends]]
-    # of each text, how many tokens are not pooled and how many are
+    # Two segments of each text: its tokens that are not pooled, then those that are.
     sizes = [(text.not_pooled, len(text.ids) - text.not_pooled) for text in tokens]
     sizes = torch.tensor(sizes).flatten().to(hidden.device, non_blocking=True)  # (2 B,)
     sums = torch.segment_reduce(hidden, "sum", lengths=sizes, unsafe=True)  # unsafe: no checks
-    return sums[1::2] / sizes[1::2, None]
+    return sums[1::2] / sizes[1::2, None]  # the second of each two
 
 
 def shorten(x, dims):
@@ -614,8 +616,8 @@ class NVEmbed(nn.Module):
     def padding(self, tokens):
         """In bf16 on CPUs: one more text, which nobody reads, so that batches have few sizes.
 
-        oneDNN keeps a kernel, 7 MB and more, for each size that a product had. Here a size is the
-        next number whose binary digits after the fifth are zeros, at most a sixteenth more.
+        oneDNN keeps a kernel, of 7 MB and more, for each size of a product. So sizes are rounded up
+        to numbers whose binary digits after the fifth are zeros: at most a sixteenth more.
         """
         size = sum(len(text.ids) for text in tokens)
         missing = -size % 2 ** max(size.bit_length() - 5, 0)
@@ -635,13 +637,13 @@ class NVEmbed(nn.Module):
     def encode(
         self, texts, instruction="", max_length=None, batch_tokens=None, progress=False, dims=None
     ):
-        """Embeds B texts -> np.ndarray (B, D), fp32, unit rows, in the order of the texts.
+        """Embeds B texts -> np.ndarray (B, D) or (B, dims), fp32, unit rows, in the texts' order.
 
-        `instruction` and max_length as in `tokenize`. With `dims` the rows are the first so many
-        numbers of the vectors, of unit length again. A batch has at most batch_tokens tokens; the
-        default is 2,048 on CPUs, whose caches it suits, 16,384 on GPUs, or the longest text's.
-        Beside the result, memory holds the tokens of at most 8,192 texts (CHUNK in data/texts.py),
-        and those of the next ones, which a thread makes meanwhile.
+        `instruction` and max_length as in `tokenize`. `dims` keeps the first so many numbers of
+        each vector, made a unit vector again. A batch has at most batch_tokens tokens; the default
+        is 2,048 on CPUs, whose caches it suits, and 16,384 on GPUs, or as many as the longest text
+        has. Beside the result, memory holds the tokens of at most 8,192 texts (CHUNK in
+        data/texts.py), and those of the next ones, which a thread makes meanwhile.
         """
         texts, tasks = check_texts(texts, instruction)
         max_length = check_length(max_length, self.config)
@@ -656,24 +658,25 @@ class NVEmbed(nn.Module):
         bar = tqdm(total=len(texts), disable=not progress, unit="text")
         with eval_mode(self), bar:
             folded = self.inference_fold()
-            store_last = lambda: None  # of a batch that a GPU still computes while it gets the next
+            # Vectors are stored one batch late, so that a GPU always has the next to work on.
+            store_previous = lambda: None
             for chunk, tokens in zip(chunks, ahead(tokens_of, chunks), strict=True):
                 longest = max(len(text.ids) for text in tokens)
                 limit = max(longest, default_batch) if batch_tokens is None else batch_tokens
                 for batch in pack(tokens, limit):
                     vectors = shorten(self([tokens[i] for i in batch], folded), dims)
                     store = graphs.begin_copy(vectors, embeddings[chunk], batch)
-                    store_last()
-                    store_last = store
+                    store_previous()
+                    store_previous = store
                     bar.update(len(batch))
-            store_last()
+            store_previous()
         return embeddings
 
     def inference_fold(self):
-        """What `CrossAttention.fold` makes, for `encode`: in fp32, then cast. None without latents.
+        """A and B of `CrossAttention.fold` for `encode`, in fp32, then cast. None without latents.
 
-        It is kept from one call to the next until a weight's sum is another: sums cost a hundredth
-        of a fold, and see practically every change of a weight, in place or not.
+        They are kept between calls until the sum of a weight changes: sums cost a hundredth of a
+        fold, and show practically every change of a weight, in place or not.
         """
         if self.config.pooling != "latent":
             return None
@@ -768,7 +771,7 @@ def lora_layers(model):
 
 
 def add_lora(model, r=16, alpha=32, dropout=0.1, targets=PROJECTIONS):
-    """Adapts the projections named in `targets`. r and alpha: the paper's; the rest is assumed."""
+    """Adapts the projections in `targets`. r, alpha, dropout: the paper's; targets: assumed."""
     check_ranges({"r": r, "lora_alpha": alpha, "lora_dropout": dropout}, "add_lora: ")
     if not targets or not set(targets) <= set(PROJECTIONS):
         raise InputError(f"add_lora: targets: expected some of {PROJECTIONS}, got {targets}")

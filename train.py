@@ -12,12 +12,13 @@ A recipe (data/local.json) says what a stage does:
     2       runs/stage1      its own hard negatives                      the same, further
     3       runs/pruned      its own; distilled from runs/stage2         all weights that are not 0
 
-The same command goes on where it was stopped. How it is called:
+Repeating a command that was stopped goes on where it stopped. Who calls whom:
 
-    main -> train -> make_batch
-                  -> train_step -> backward -> embed, batch_loss -> info_nce
-                  -> save_checkpoint
-                  -> export
+    main -> train -> timed_step -> make_batch
+                                -> train_step -> backward -> embed, batch_loss -> info_nce
+                  -> held_out      the loss of rows that are not trained on
+                  -> save          a checkpoint
+                  -> export        the finished model
 
 Shapes, beside those of nvembed.py:
 
@@ -75,7 +76,7 @@ class Settings:
     weight_decay: float = 0.03
     clip: float = 1.0  # largest norm of the gradient
     temperature: float = 0.02
-    false_negatives: float = 2.0  # leaves out negatives this far above the positive; 2: off
+    false_negatives: float = 2.0  # drops negatives with cosine > positive's + this; 2: off
     dims: list = field(default_factory=list)  # Matryoshka: widths, each with a loss of its own
     max_length: int = 512  # tokens of a text
     micro_tokens: int = 0  # tokens of a micro-batch, which bounds memory; 0: as many as fit
@@ -111,7 +112,7 @@ class Batch:
     own_rows: torch.Tensor  # (b,) which of the B rows are this rank's
     valid: torch.Tensor  # (B, L) bool, False pads a short list of negatives
     document_ids: torch.Tensor  # (B, L) text_ids
-    positive_ids: torch.Tensor  # (B, P) text_ids of all known positives, padded with the first
+    positive_ids: torch.Tensor  # (B, P) text_ids of known positives and the query; padded by one
     scores: torch.Tensor  # (B, L) the rows' pos_scores and neg_scores; -inf: none, or padding
     teacher: torch.Tensor | None = None  # the teacher's embeddings of `tokens`
 
@@ -127,12 +128,12 @@ def make_batch(model, rows, s, positives):
     queries, documents = [], []  # (instruction, text) of own rows
     valid, document_ids, positive_ids, scores = [], [], [], []
     for i, (dataset, row, rng) in enumerate(rows):
-        texts, their_scores = draw_documents(row, s.negatives, rng)
+        texts, text_scores = draw_documents(row, s.negatives, rng)
         padding = 1 + s.negatives - len(texts)
         valid.append([True] * len(texts) + [False] * padding)
         document_ids.append([text_id(text) for text in texts] + [0] * padding)
         positive_ids.append(sorted(positives[row["query"]]))
-        scores.append(their_scores + [-math.inf] * padding)
+        scores.append(text_scores + [-math.inf] * padding)
         if i in own:
             instruction = row.get("prompt", dataset.instruction)
             queries.append((instruction, row["query"]))
@@ -161,7 +162,7 @@ def info_nce(q_bD, d_BLD, batch, s):
 
     q_bD (b, D) and d_BLD (B, L, D) are unit vectors; loss and accuracy are scalars. A row's target
     is its column 0. Its negatives are all other columns of the batch or, without `in_batch`, its
-    own hard negatives; never padding, nor a text that is a known positive of its query, nor one
+    own hard negatives; never padding, nor its query's own text or a known positive of it, nor one
     that is above its target by more than `false_negatives` (Qwen3-Embedding, arXiv 2506.05176).
     The accuracy leaves such texts out too.
     """
@@ -174,8 +175,8 @@ def info_nce(q_bD, d_BLD, batch, s):
     if not s.in_batch:
         row_of_column = torch.arange(len(batch.valid)).repeat_interleave(columns)  # (M,)
         use &= batch.own_rows[:, None] == row_of_column
-    target = batch.own_rows * columns  # (b,) where column 0 of a row is
-    use[torch.arange(len(target)), target] = True  # a known positive, and the one to find
+    target = batch.own_rows * columns  # (b,) each row's column 0, counted over all M
+    use[torch.arange(len(target)), target] = True  # the target is a known positive, but stays
     use, target = use.to(cosines.device), target.to(cosines.device)
     positive = cosines.gather(1, target[:, None])  # (b, 1)
     # Not "<=": a NaN has to stay in use, so that `check_loss` sees it.
@@ -245,8 +246,8 @@ def distillation(embeddings, batch, s):
     student, teacher = log_p
     divergence = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
     distances = 1 - (embeddings * batch.teacher).sum(dim=1)
-    mean_texts = (len(batch.valid) + valid.sum()) / world_size()  # of a rank
-    return s.distill * (distances.sum() / mean_texts / s.temperature + divergence)
+    texts_a_rank = (len(batch.valid) + valid.sum()) / world_size()  # the mean over the ranks
+    return s.distill * (distances.sum() / texts_a_rank / s.temperature + divergence)
 
 
 def batch_loss(embeddings, batch, s):
@@ -280,9 +281,9 @@ def reseed(*key):
 
 
 def micro_batches(model, tokens, micro_tokens):
-    """Splits texts into micro-batches -> lists of indices, as many on every rank.
+    """Splits texts into micro-batches -> lists of indices, equally many on every rank.
 
-    FSDP gathers a block's weights from all ranks in each forward pass, so all make equally many.
+    Each forward pass gathers a block's weights from all ranks (FSDP), so all have to run as many.
     A rank with fewer micro-batches embeds its last text again, and ignores the result.
     """
     parts = pack(tokens, micro_tokens)
@@ -332,7 +333,8 @@ def backward(model, batch, s, key=(0,), cached=True):
     done = 0
     for i, part in enumerate(parts):
         check_stop()
-        if isinstance(model, FSDPModule) and s.lora_rank:  # few gradients: summed over ranks once
+        # LoRA: gradients of adapters and pooling are kept whole, and averaged over ranks only once.
+        if isinstance(model, FSDPModule) and s.lora_rank:
             model.set_requires_gradient_sync(i + 1 == len(parts))
         gradient = embeddings.grad[part]
         if done >= len(batch.tokens):  # the repeated text of `micro_batches`
@@ -382,13 +384,13 @@ def zero_pruned_gradients(model):
 # ---- model
 
 
-def load(name, s, device, **form):
+def load(name, s, device, **settings):
     """A model in the dtype to compute in, mapped from its file and not yet on its device.
 
-    `form` is the pooling and mask (`causal`) that it shall have; without it they are its own.
+    `settings` (pooling, causal) override its Config.
     """
     dtype = fast_dtype(device) if s.dtype == "auto" else getattr(torch, s.dtype)
-    model = NVEmbed.from_pretrained(resolve(name), None, dtype, **form)
+    model = NVEmbed.from_pretrained(resolve(name), None, dtype, **settings)
     if nvembed.lora_layers(model):
         raise InputError(f"{name}: expected plain weights, got an adapter")
     return model
@@ -400,21 +402,21 @@ def load_teacher(name, s, device, model):
     return place(teacher, s, device)
 
 
-CONTINUED = ("lora_rank", "lora_alpha", "pooling", "causal")
+ADAPTER_SETTINGS = ("lora_rank", "lora_alpha", "pooling", "causal")
 
 
 def build(init, s, device, sharded=True):
     """The model to train, from a base, a released model or a run -> (model, name of its base).
 
     Frozen weights are in the compute dtype, trained ones (LoRA or everything, and pooling) in fp32.
-    A run of the same CONTINUED settings goes on with its own adapters and pooling, not merged;
-    otherwise its merged model is what training begins with.
+    If `init` is a run with the same ADAPTER_SETTINGS, its adapters and pooling are trained on, not
+    merged; otherwise training begins with its merged model.
     """
     base, previous = str(init), None
     if Path(str(init), "latest").exists():
         state = read_json(checkpoint(init) / "state.json")
         before = state["settings"]
-        if all(before[name] == getattr(s, name) for name in CONTINUED):
+        if all(before[name] == getattr(s, name) for name in ADAPTER_SETTINGS):
             base, previous = state["base"], checkpoint(init)
 
     torch.manual_seed(s.seed)
@@ -425,7 +427,7 @@ def build(init, s, device, sharded=True):
         nvembed.add_lora(model, s.lora_rank, s.lora_alpha, s.lora_dropout)
     else:
         model.requires_grad_(True)
-    pooling_layer(model).requires_grad_(True)
+    pooling_layers(model).requires_grad_(True)
     for block in model.embedding_model.layers:
         block.recompute = s.recompute
     if s.compile:
@@ -436,7 +438,7 @@ def build(init, s, device, sharded=True):
     return model, base
 
 
-def pooling_layer(model):
+def pooling_layers(model):
     """The latent layer as a list, empty with mean and eos pooling."""
     return nn.ModuleList(part for part in model.children() if part is not model.embedding_model)
 
@@ -444,7 +446,7 @@ def pooling_layer(model):
 def place(model, s, device, sharded=True):
     """Moves a model to its device and keeps this rank's shard of it (FSDP2), block by block."""
     mesh = make_mesh(device, s.shard_ranks) if sharded and world_size() > 1 else None
-    for module in [*model.embedding_model.layers, *pooling_layer(model), model]:
+    for module in [*model.embedding_model.layers, *pooling_layers(model), model]:
         for parameter in module.parameters():
             if not isinstance(parameter, DTensor):
                 dtype = torch.float32 if parameter.requires_grad else model.dtype
@@ -458,15 +460,15 @@ def place(model, s, device, sharded=True):
 
 
 def flops_a_token(model, batch, s):
-    """FLOPs a token of a step; attention, embedding and pooling are not counted.
+    """FLOPs that a step spends on a token; attention, embedding and pooling are not counted.
 
-    Of each weight: forward 2, backward to the inputs 2; the cache's forward 2; backward to the
-    weights 2 if they are trained; a teacher's forward 2.
+    For each weight: forward 2, backward to the inputs 2. Where they happen, 2 more each: the
+    cache's first forward, a recomputed forward, backward to trained weights, a teacher's forward.
     """
     cached = len(pack(batch.tokens, s.micro_tokens)) > 1
     decoder = model.embedding_model
     weights = sum(p.numel() for p in decoder.parameters()) - decoder.embed_tokens.weight.numel()
-    return weights * (4 + 2 * (cached + (s.lora_rank == 0) + (s.distill > 0)))
+    return weights * (4 + 2 * (cached + s.recompute + (s.lora_rank == 0) + (s.distill > 0)))
 
 
 def train(run, init, datasets, s, device, teacher_name=None, tensorboard=None):
@@ -495,7 +497,8 @@ def train(run, init, datasets, s, device, teacher_name=None, tensorboard=None):
     began = time.perf_counter()
     try:
         with catch_signals():
-            # `step` steps are done; `record` is the last one's, to be logged with held-out loss.
+            # `step` steps are done. `record` is the last one's, logged only now: held-out loss
+            # joins it.
             for step in range(done, s.steps + 1):
                 evaluate = step % s.eval_every == 0 or step == s.steps
                 if evaluate and record and "held_out_loss" not in record:
@@ -539,7 +542,10 @@ def timed_step(model, optimizer, datasets, s, step, positives, teacher, peak):
 
 @torch.no_grad()
 def held_out(model, datasets, s, positives):
-    """Held-out loss and accuracy, in whole batches of the training size, dropout off."""
+    """Held-out loss and accuracy, dropout off, in batches of the training size.
+
+    If there are fewer rows than that, in one batch of all. A remainder is left out.
+    """
     held = [dataset.held_out for dataset in datasets]
     places = shuffled_places(held, s.seed)
     size = min(s.batch, len(places) - len(places) % world_size())
@@ -599,7 +605,7 @@ BEFORE = {  # stage: what it begins with, and what makes that
 
 
 def read_settings(recipe, args):
-    """The defaults, what the recipe says of the stage, what the flags say -> Settings."""
+    """Settings: the defaults, overridden by the recipe's stage, overridden by the flags."""
     types = {field.name: field.type for field in fields(Settings)}
     values = {"seed": recipe["seed"]}
     values.update(stage_settings(recipe, args.recipe, args.stage, types))
@@ -634,21 +640,21 @@ def parse_flags():
 
 
 def initial_model(args, recipe):
-    """--init, or the recipe's base, or what the stage before left -> its name or whole path."""
+    """--init, or the recipe's base, or what the stage before left -> name or absolute path."""
     if args.init:
         folder, command = args.init, "the command that made it"
     elif args.data or args.stage == 1:
         return absolute(recipe["base"])
     else:
         folder, command = BEFORE[args.stage]
-    is_run = not args.init or Path(folder, "latest").exists()
-    if is_run and not Path(folder, "config.json").exists():
+    expect_finished = not args.init or Path(folder, "latest").exists()
+    if expect_finished and not Path(folder, "config.json").exists():
         raise InputError(f"{folder}: no finished run; run {command} first")
     return absolute(folder)
 
 
 def absolute(model):
-    """A folder's whole path, so that a run goes on from anywhere; other names as they are."""
+    """A folder's absolute path, so that a run goes on from anywhere; other names as they are."""
     return str(Path(model).resolve()) if model and Path(model).is_dir() else model
 
 

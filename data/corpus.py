@@ -81,9 +81,11 @@ class Corpus(Sequence):
         return row["pos"] + row["neg"]
 
     def numbers(self, text_ids):
-        """Documents' numbers by text_ids, which are all in the corpus -> (n,) int64."""
-        places = np.searchsorted(self.keys, np.array(list(text_ids), np.int64))
-        return np.searchsorted(self.texts, self.text_of_key[places])
+        """Documents' numbers by text_ids, of those that are in the corpus -> (n,) int64."""
+        text_ids = np.array(list(text_ids), np.int64)
+        places = np.searchsorted(self.keys, text_ids)
+        found = self.keys.take(places, mode="clip") == text_ids
+        return np.searchsorted(self.texts, self.text_of_key[places[found]])
 
 
 def distinct(values):
@@ -111,7 +113,7 @@ def queries_and_tasks(rows, task, part):
 
 
 def positives_of(group, rows, corpus, known_positives):
-    """Documents' numbers, for each row of a group -> (its positives, its query's in all rows)."""
+    """Documents' numbers, for each row of a group -> (its positives, all that are no negatives)."""
     own, known = [], []
     for i in group:
         row = rows[i]

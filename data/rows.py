@@ -112,7 +112,7 @@ def hash64(content):
 
 
 class KnownPositives:
-    """Query -> text_ids of all positives that any row gives it; none of them is ever a negative.
+    """Query -> text_ids that are never its negatives: all positives that any row gives it, itself.
 
     Memory: 16 bytes a pair of a query and a positive.
     """
@@ -133,7 +133,7 @@ class KnownPositives:
         key = text_id(query)
         first = np.searchsorted(self.queries, key, side="left")
         last = np.searchsorted(self.queries, key, side="right")
-        return set(self.texts[first:last].tolist())
+        return {key, *self.texts[first:last].tolist()}
 
 
 # ---- the rows of a file

@@ -53,6 +53,7 @@ def tangled_rows(negatives):
         rows[6]["neg"][-1] = rows[0]["pos"][0]  # and among another row's
         rows[0]["neg"][0] = "a second positive"  # one that was perhaps not drawn is still known
         rows[2]["neg"] = rows[2]["neg"][:1]  # a short list
+        rows[5]["neg"][-1] = rows[5]["query"]  # the query itself, as in pairs both ways
     return rows
 
 

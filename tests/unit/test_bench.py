@@ -6,6 +6,7 @@ import json
 import re
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -236,6 +237,12 @@ def test_flops_a_token():
         claimed = bench_tools.step_flops(model, batch, s, plain)
         assert claimed == pytest.approx(passes * weights, rel=0.02)
         assert counted_flops(step) / tokens == pytest.approx(claimed, rel=0.05)
+    s = replace(s, recompute=True)
+    for block in model.embedding_model.layers:
+        block.recompute = True
+    counted = counted_flops(lambda: train.backward(model, batch, s)) / tokens
+    assert train.flops_a_token(model, batch, s) == pytest.approx(8 * weights, rel=0.02)
+    assert counted == pytest.approx(8 * weights, rel=0.05)
 
 
 def test_flops_of_a_7b(meta_generator):

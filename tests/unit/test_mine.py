@@ -144,6 +144,7 @@ def run_mine(
     dtype="float32",
     max_length=64,
     rule="percpos",
+    rows=ROWS,
     **changes,
 ):
     defaults = {"negatives": 2, "top_k": 100, "seed": 0, "memory": 1.0}
@@ -151,8 +152,8 @@ def run_mine(
     args = argparse.Namespace(rule=rule, **settings)
     entry = {"instruction": "Task", "symmetric": symmetric}
     teachers = [mine.Teacher(Path(name), name, max_length, dtype) for name in teachers]
-    rows, counts = mine.mine(ROWS, teachers, entry, args, corpus)
-    return list(rows), counts
+    mined, counts = mine.mine(rows, teachers, entry, args, corpus)
+    return list(mined), counts
 
 
 def add_up(counts):
@@ -182,6 +183,16 @@ def test_false_negatives_and_counts(here):
     assert [len(row["neg"]) for row in few] == [1, 0, 1]
     assert counts["surplus"] > 0
     assert counts["rows_short"] == 1
+    assert add_up(counts)
+
+
+def test_a_query_is_not_its_own_negative(here):
+    """Of pairs both ways, as STS has them, whatever the rule; it may be another query's."""
+    pairs = [("q one", "fair 1"), ("fair 1", "q one"), ("q two", "fair 2")]
+    rows = [{"query": query, "pos": [text], "neg": []} for query, text in pairs]
+    mined, counts = run_mine(rows=rows, rule="naive", negatives=9)
+    assert [set(row["neg"]) for row in mined] == [{"fair 2"}, {"fair 2"}, {"fair 1", "q one"}]
+    assert counts["positive"] == 5  # three positives, two queries themselves
     assert add_up(counts)
 
 
@@ -333,6 +344,8 @@ def test_documents_are_those_of_lists(here):
     assert list(corpus) == list(documents.values()) == corpus[:]
     numbers = corpus.numbers(text_id(text) for text in reversed(documents))
     assert numbers.tolist() == list(range(len(documents)))[::-1]
+    asked = ["not there", *documents, "nor this"]
+    assert corpus.numbers(map(text_id, asked)).tolist() == list(range(len(documents)))
 
 
 @pytest.mark.slow

@@ -105,7 +105,7 @@ def test_instruction_goes_where_it_belongs(base):
 
 
 def test_known_positives_are_those_of_all_rows(tmp_path):
-    """Of rows that are trained on and held out, whatever their case and white space."""
+    """Of rows that are trained on and held out, whatever their case and white space; and itself."""
     rows = [
         {"query": "A  query", "pos": ["One", "two"]},
         {"query": "a query", "pos": ["ONE ", "three"]},
@@ -115,10 +115,10 @@ def test_known_positives_are_those_of_all_rows(tmp_path):
     found = read_rows(tmp_path / "rows.jsonl")
     dataset = sampling.Dataset("set", "", False, found.select([0, 2]), found.select([1]))
     positives = sampling.known_positives([dataset])
-    expected = {text_id(text) for text in ("one", "two", "three")}
+    expected = {text_id(text) for text in ("a query", "one", "two", "three")}
     assert positives["A QUERY"] == expected
-    assert positives["another"] == {text_id("four")}
-    assert positives["unknown"] == set()  # control
+    assert positives["another"] == {text_id("another"), text_id("four")}
+    assert positives["unknown"] == {text_id("unknown")}  # control
     assert positives.queries.nbytes + positives.texts.nbytes <= 16 * 5
 
 
