@@ -26,14 +26,17 @@ from mteb.models.model_meta import ModelMeta, ScoringFunction
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from data.adapters import adapter_base, is_adapter
 from data.base import resolve
 from data.commands import Flags, InputError, one_line, run_command
 from data.dialects import check_pooling, content_hash, is_sentence_transformer
 from data.files import ROOT, read_json
 from data.folders import local_folder
 from data.machine import fast_dtype
+from data.quantize import check_quantize
 from data.tasks import PERTURBED, find_tasks, instruction, score_task
-from nvembed import POOLINGS, NVEmbed
+from data.texts import check_dims, check_length
+from nvembed import POOLINGS, NVEmbed, read_config
 
 PUBLISHED = read_json(ROOT / "data/published.json")
 SETTINGS = {  # what may follow a model's name: the setting that it changes
@@ -50,8 +53,8 @@ SETTINGS = {  # what may follow a model's name: the setting that it changes
 class Encoder(AbsEncoder):
     """A model as mteb wants it, from PATH[:POOLING][:causal|:bidirectional][:int8|:int4|:fp8].
 
-    A sentence-transformers folder is a peer: mteb loads it and prompts it. Weights are read at the
-    first text, so never where every result is there.
+    A sentence-transformers folder is a peer: mteb loads it, prompts it and compares its vectors as
+    the folder says. Weights are read at the first text, so never where every result is there.
     """
 
     def __init__(self, spec, max_length=512, dtype=None, limit=None, perturb=None, dims=None):
@@ -61,7 +64,6 @@ class Encoder(AbsEncoder):
         self.dims = dims
         local_rank = os.environ.get("LOCAL_RANK", "0")
         self.device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
-        self.dtype = getattr(torch, dtype) if dtype else fast_dtype(self.device)
 
         path, words = split_spec(spec)
         self.folder = Path(local_folder(resolve(path)))
@@ -75,6 +77,14 @@ class Encoder(AbsEncoder):
             raise InputError(f"--model {spec}: expected one word for a setting, got two")
         if "pooling" not in self.settings:
             check_pooling(self.folder)
+        if dtype:
+            self.dtype = getattr(torch, dtype)
+        elif self.settings.get("quantize") == "int4":
+            self.dtype = torch.bfloat16  # int4 knows no other
+        else:
+            self.dtype = fast_dtype(self.device)
+        if not self.is_peer:
+            self.check()
 
         # what a result depends on beside the model's files: a part of where mteb stores it
         experiment = {"limit": limit, "perturb": perturb, "dims": dims}
@@ -84,10 +94,19 @@ class Encoder(AbsEncoder):
         meta = {
             "name": f"nvembed/{self.folder.name}",
             "revision": content_hash(self.folder),
-            "similarity_fn_name": ScoringFunction.COSINE,
+            "similarity_fn_name": None if self.is_peer else ScoringFunction.COSINE,
             "experiment_kwargs": {k: v for k, v in experiment.items() if v is not None},
         }
         self.mteb_model_meta = ModelMeta.create_empty(meta)
+
+    def check(self):
+        """Refuses at once what would otherwise fail when other models have run for hours."""
+        if "quantize" in self.settings:
+            check_quantize(self.settings["quantize"], self.dtype)
+        base = adapter_base(self.folder) if is_adapter(self.folder) else self.folder
+        config = read_config(base)
+        check_dims(self.dims, config)
+        check_length(self.max_length, config)
 
     @property
     @functools.lru_cache(maxsize=1)  # only the last encoder's model stays in memory

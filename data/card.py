@@ -6,6 +6,7 @@ A README.md that this file did not write is left alone.
 """
 
 import json
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -104,6 +105,13 @@ def write_prompts(run, datasets, template):
     write_json(run / PROMPTS, settings | {"prompts": prompts_of(datasets, template)})
 
 
+def copy_prompts(source, out):
+    """Gives a model that was saved in `out` the prompts of the folder `source`, if it has some."""
+    if (source / PROMPTS).exists():
+        prompts = read_json(source / PROMPTS).get("prompts", {})
+        write_json(out / PROMPTS, read_json(out / PROMPTS) | {"prompts": prompts})
+
+
 # ---- card
 
 
@@ -113,11 +121,14 @@ def is_ours(path):
 
 
 def write_card(run, results="runs"):
-    """Writes a finished run's README.md from its own files, unless there is another one."""
+    """Writes a finished run's README.md from its own files, unless there is another one.
+
+    -> the number of its scores; None where nothing was written
+    """
     run = Path(run)
     path = run / "README.md"
     if path.exists() and not is_ours(path):
-        return
+        return None
     head, *steps = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     config = read_json(run / "config.json")
     prompts = read_json(run / PROMPTS)["prompts"]
@@ -127,6 +138,7 @@ def write_card(run, results="runs"):
     settings = [(name, head["settings"][name]) for name in SETTINGS]
     settings.append(("data sets", ", ".join(head["datasets"])))
     named = [(name, f"`{json.dumps(text, ensure_ascii=False)}`") for name, text in prompts.items()]
+    found = scores(run, results)
     content = CARD.format(
         mark=MARK,
         name=run.resolve().name,
@@ -135,10 +147,11 @@ def write_card(run, results="runs"):
         task=json.dumps(task, ensure_ascii=False)[1:-1],
         prompts=table(("name", "prompt"), named),
         settings=table(("setting", "value"), settings),
-        figures=figures(steps[-1], scores(run, results)),
+        figures=figures(steps[-1], found),
     )
     with renamed(path) as temporary:
         temporary.write_text(content, "utf-8")
+    return len(found)
 
 
 def figures(record, scores):
@@ -156,12 +169,14 @@ def figures(record, scores):
 
 def scores(run, results):
     """What eval.py has stored of these very weights: [(task, score, settings), ...]."""
-    folder = Path(results, "results", f"nvembed__{run.resolve().name}", content_hash(run))
+    name = run.absolute().name.replace(" ", "_")  # as mteb names its folder
+    folder = Path(results, "results", f"nvembed__{name}", content_hash(run))
     rows = []
-    for path in sorted(folder.glob("experiments/dtype_*__max_length_*/*.json")):
+    for path in sorted(folder.glob("experiments/*/*.json")):
         result = read_json(path)
         settings = path.parent.name
-        if "scores" in result and "limit" not in settings and "perturb" not in settings:
+        whole = re.fullmatch(r"dtype_[a-z0-9]+__max_length_\d+", settings)  # no --limit, no :mean
+        if "scores" in result and whole:
             parts = [part for split in result["scores"].values() for part in split]
             score = 100 * fmean(part["main_score"] for part in parts)
             rows.append((path.stem, f"{score:.2f}", settings.replace("__", ", ")))
@@ -182,9 +197,12 @@ def main():
     args = parser.parse_args()
     if not (args.run / "finished").exists():
         raise InputError(f"{args.run}: expected a finished run")
-    write_card(args.run, args.results)
+    count = write_card(args.run, args.results)
     path = args.run / "README.md"
-    print(f"{path}: {'written' if is_ours(path) else 'not from here, left as it is'}")
+    if count is None:
+        print(f"{path}: not from here, left as it is")
+    else:
+        print(f"{path}: written, with {count} scores of whole tasks, eval.py's without --limit")
 
 
 if __name__ == "__main__":

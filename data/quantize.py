@@ -5,22 +5,27 @@ import torch
 from data.commands import InputError, optional_package
 
 
+def check_quantize(form, dtype):
+    """Refuses what cannot be rounded to -> torchao's module."""
+    if form not in ("int8", "fp8", "int4"):
+        raise InputError(f"quantize: expected int8, int4 or fp8, got {form!r}")
+    if form == "int4" and dtype != torch.bfloat16:
+        raise InputError(f"quantize: expected bfloat16 for int4, got {dtype}")
+    return optional_package("torchao.quantization", "quantize")
+
+
 def quantize_weights(model, form, names):
     """Rounds the model's layers whose name ends in one of `names`, in place -> the model.
 
     int8 and fp8 have a scale for each row of a weight, int4 one for 32 columns of it. Products are
     computed in the model's dtype. Such weights are neither trained nor saved.
     """
-    ao = optional_package("torchao.quantization", "quantize")
+    ao = check_quantize(form, model.dtype)
     plain = {"set_inductor_config": False}  # else torchao changes settings of all of PyTorch
     if form == "int8":
         config = ao.Int8WeightOnlyConfig(**plain)
     elif form == "fp8":
         config = ao.Float8WeightOnlyConfig(**plain)
-    elif form != "int4":
-        raise InputError(f"quantize: expected int8, int4 or fp8, got {form!r}")
-    elif model.dtype != torch.bfloat16:
-        raise InputError(f"quantize: expected bfloat16 for int4, got {model.dtype}")
     elif model.device.type == "cpu":
         int4 = optional_package("torchao.prototype.quantization.int4", "quantize")
         config = int4.PrototypeInt4WeightOnlyConfig(group_size=32, **plain)

@@ -103,21 +103,35 @@ def score_task(task, model, cache, overwrite=False):
     task = copy.deepcopy(task)  # every model starts from the task's first random state
     meta = model.mteb_model_meta
     settings = {"cache": cache, "co2_tracker": False, "show_progress_bar": False}
+    path = cache.get_task_result_path(task.metadata.name, meta)
+    remove_half_written(path)
     old = cache.load_task_result(task.metadata.name, meta)
     # mteb itself would serve a result of other data
     stale = old is not None and old.dataset_revision != task.metadata.revision
+    if isinstance(task, Local):
+        settings["prediction_folder"] = path.parent / "predictions"
+        saved = settings["prediction_folder"] / task.prediction_file_name
+        remove_half_written(saved)
+        stale = stale or not saved.exists()
     if overwrite or stale:
         settings["overwrite_strategy"] = "always"
-    folder = cache.get_task_result_path("", meta).parent / "predictions"
-    if isinstance(task, Local):
-        settings["prediction_folder"] = folder
 
     result = mteb.evaluate(model, task, **settings).task_results[0]
-    scores[0] = 100 * result.get_score()
+    # in a stored result of another suite there may be other languages too
+    scores[0] = 100 * result.validate_and_filter_scores(task).get_score()
     if isinstance(task, Local):
-        predictions = read_json(folder / task.prediction_file_name)["default"]["test"]
+        predictions = read_json(saved)["default"]["test"]
         scores[1:] = scores[0] + 100 * bootstrap(task, result.scores["test"][0], predictions)
     return scores
+
+
+def remove_half_written(path):
+    """Removes a file of mteb's that a kill or a full disk has cut: mteb cannot go on from it."""
+    try:
+        if path.exists():
+            read_json(path)
+    except InputError:
+        path.unlink()
 
 
 def bootstrap(task, scores, predictions):

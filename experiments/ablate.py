@@ -14,8 +14,9 @@ are commands, each of which begins with what the one before wrote:
 
 A grid may also name a cell's models as eval.py loads them, for instance quantised: CELL:int8.
 
-A run is a folder named by the hash of all that determines it. So cells share the runs that they
-have in common, a finished one is not run again, and one that was killed goes on.
+A run is a folder named by the hash of all that determines it, but for the code. So cells share the
+runs that they have in common, a finished one is not run again, and one that was killed goes on.
+After a change of the code use another --out.
 """
 
 import hashlib
@@ -24,6 +25,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -35,7 +37,7 @@ if not __package__:  # python experiments/ablate.py
     sys.path.append(str(ROOT))
 
 import data.threads  # before torch
-from data.commands import InputError, run_command
+from data.commands import InputError, optional_package, run_command
 from data.files import digest, read_json, write_json
 from data.recipes import apply_preset, read_recipe
 from data.tasks import find_tasks
@@ -58,9 +60,12 @@ def run_grid(name, declared, folder, jobs):
     models = [model for name in names for model in grids[name]]
     models = list(dict.fromkeys(models))  # grids share cells
 
+    for model in models:  # refuses what would fail after hours of training
+        cell, words = split_spec(model)
+        cell_recipe(cell, declared)
+        if {"int8", "int4", "fp8"} & set(words):
+            optional_package("torchao.quantization", model)
     cells = dict.fromkeys(split_spec(model)[0] for model in models)
-    for cell in cells:
-        cell_recipe(cell, declared)  # refuses a typo before anything is trained
     todo = [(folder / cell, seed, declared) for cell in cells for seed in range(declared["seeds"])]
     with ThreadPoolExecutor(jobs) as pool:
         # after an error nothing more is started
@@ -223,11 +228,18 @@ def runs_by_seed(spec):
 def compact_table(rows, results, peers):
     """Markdown: a line for each model and peer, sorted by name; a column for each row of scores."""
     lines = []
+    names = short_names(results)
     for spec, scores in results.items():
-        lines.append([Path(spec).name, *[over_seeds(scores[row]) for row in rows]])
+        lines.append([names[spec], *[over_seeds(scores[row]) for row in rows]])
     for name, scores in peers.items():
         lines.append([name, *[number(scores.get(row, np.nan)) for row in rows]])
     return markdown([["run", *rows], *sorted(lines)])
+
+
+def short_names(specs):
+    """{spec: the last part of its path, or all of it where two end alike}"""
+    counts = Counter(Path(spec).name for spec in specs)
+    return {spec: Path(spec).name if counts[Path(spec).name] == 1 else spec for spec in specs}
 
 
 def over_seeds(scores):
@@ -246,7 +258,6 @@ def work(args):
         compare(list(dict.fromkeys(args.compare)), args, args.seeds)
         return
     declared = read_json(ABLATIONS)
-    flags().parse_args(declared["evaluation"], args)  # over the flags that were given
     if not find_tasks(args.suite, args.task, args.limit):  # before hours of training
         return
     declared["seeds"] = args.seeds or declared["seeds"]
@@ -264,7 +275,13 @@ def main():
     )
     parser.add_argument("--jobs", type=int, default=1, help="commands of a grid run at once")
     parser.add_argument("--seeds", type=int, help="runs of a cell; default: the grid's, or all")
-    run_on_ranks(work, parser.parse_args())
+    args = parser.parse_args()
+    if args.grid:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise InputError("--grid: expected one process; --jobs runs several commands at once")
+        # the flags that were given override those of the file
+        args = parser.parse_args([*read_json(ABLATIONS)["evaluation"], *sys.argv[1:]])
+    run_on_ranks(work, args)
 
 
 if __name__ == "__main__":

@@ -39,9 +39,10 @@ from tqdm import tqdm
 import nvembed
 import train
 from data.base import resolve
+from data.card import copy_prompts
 from data.commands import CHOICES, DTYPES, Flags, InputError, run_command
 from data.files import write_json
-from data.folders import torch_dtype
+from data.folders import local_folder, torch_dtype
 from data.machine import fast_dtype
 from data.recipes import read_recipe
 from data.sampling import draw_rows, known_positives, read_datasets, schedule
@@ -352,8 +353,8 @@ def main():
     sparsity = read_sparsity(args.sparsity)
     recipe = read_recipe(args.recipe)
     s = train.read_settings(recipe, args)
-    export_dtype = torch_dtype(s.export_dtype)
     model = load(args.model, s.dtype)
+    export_dtype = model.dtype if s.export_dtype == "auto" else torch_dtype(s.export_dtype)
     tokens = calibration_tokens(model, recipe, args.calibration, s)
     if args.drop_blocks:
         drop_blocks(model, tokens, args.drop_blocks)
@@ -361,6 +362,7 @@ def main():
         prune_decoder(model, tokens, args.prune, sparsity)
     write_json(Path(args.out, MARK), vars(args))  # first: what follows may be written over
     model.save_pretrained(args.out, export_dtype)
+    copy_prompts(local_folder(resolve(args.model)), Path(args.out))
     blocks = model.config.num_hidden_layers
     print(f"{args.out}: {blocks} blocks, {zero_share(model):.1%} of their weights are zero")
 

@@ -37,13 +37,13 @@ from tqdm import tqdm
 
 import nvembed
 from data.base import resolve
-from data.card import PROMPTS
+from data.card import copy_prompts
 from data.commands import DTYPES, Flags, InputError, run_command
 from data.dialects import content_hash
-from data.files import locked, read_json, write_json
+from data.files import locked, write_json
 from data.folders import local_folder, read_weights
 
-FREE = ("max_position_embeddings", "max_seq_length")  # the first model's; no vector depends on them
+FREE = ("max_position_embeddings", "max_seq_length")  # may differ; the first model's are kept
 PARALLEL = 1e-3  # the sine of an angle below which slerp and the mean are the same in fp32
 
 
@@ -134,9 +134,7 @@ def write(out, model, dtype, first, made_of):
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
         model.save_pretrained(out, dtype)
-        if (first / PROMPTS).exists():
-            prompts = read_json(first / PROMPTS).get("prompts", {})
-            write_json(out / PROMPTS, read_json(out / PROMPTS) | {"prompts": prompts})
+        copy_prompts(first, out)
         write_json(out / "merge.json", made_of)
 
 

@@ -2,9 +2,11 @@
 
     python experiments/plot.py runs/stage1 runs/stage2    # -> runs/plot.png
     python experiments/plot.py runs/stage2 --text "The Baikal is a deep lake." --limit 100
-    python experiments/plot.py --growth runs/ablations/*-x*       # -> runs/growth.png
+    python experiments/plot.py --growth runs/ablations/*-x* --limit 100 --max-length 40
 
-The scores are those of eval.py, whose flags are known here too; the latents are the last run's.
+The last one draws the grid growth of ablate.py -> runs/growth.png. The scores are those of eval.py,
+whose flags are known here too: with the flags of an earlier evaluation its results are found. The
+latents are the last run's.
 --growth draws how scores grow with training: a line for each NAME of runs called NAME-xN, over N.
 Needs matplotlib.
 """
@@ -27,13 +29,14 @@ import torch
 from data.commands import InputError, optional_package, run_command
 from data.files import json_lines
 from eval import Encoder, flags
-from experiments.ablate import compare, runs_by_seed
+from experiments.ablate import compare, runs_by_seed, short_names
 
 SHOWN = 48  # latents in the picture
 
 
 def draw_losses(axes, folders):
     """A curve for each run of its training loss by step."""
+    names = short_names(folders)
     for run, folder in folders.items():
         steps = []
         losses = []
@@ -41,7 +44,7 @@ def draw_losses(axes, folders):
             if "loss" in record:
                 steps.append(record["step"])
                 losses.append(record["loss"])
-        axes.plot(steps, losses, label=Path(run).name)
+        axes.plot(steps, losses, label=names[run])
     axes.legend()
 
 

@@ -16,6 +16,7 @@ import data.tasks
 import eval as evaluation
 import nvembed
 from data.commands import InputError, run_command
+from data.files import read_json, write_json
 
 
 def table(monkeypatch, capsys, *args):
@@ -115,6 +116,18 @@ def test_a_sentence_transformers_folder_is_loaded_by_mteb(peer):
     np.testing.assert_allclose(short, theirs[:, :8], atol=1e-6)
     with pytest.raises(InputError, match=r"expected .*peer, then none or some of \[\]"):
         evaluation.Encoder(f"{peer}:mean")
+
+
+def test_a_peer_compares_as_its_folder_says(peer):
+    """Some are trained for the inner product of vectors that are no unit vectors."""
+    path = peer / "config_sentence_transformers.json"
+    a, b = np.eye(32, dtype=np.float32)[:2] * 2, np.ones((2, 32), np.float32)
+    for name, expected in (("cosine", 32**-0.5), ("dot", 2)):
+        write_json(path, read_json(path) | {"similarity_fn_name": name})
+        encoder = evaluation.Encoder(str(peer))
+        np.testing.assert_allclose(encoder.similarity(a, b), np.full((2, 2), expected), rtol=1e-6)
+        pairs = encoder.similarity_pairwise(a, b)
+        np.testing.assert_allclose(pairs, np.full(2, expected), rtol=1e-6)
 
 
 def test_a_released_folder_is_no_peer(released, tmp_path):

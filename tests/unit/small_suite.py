@@ -13,11 +13,22 @@ import data.tasks
 import eval as evaluation
 import nvembed
 from data.commands import run_command
+from data.files import write_json
 
 TOPICS = {
     "animal": "cat dog horse fish bird",
     "food": "bread soup cheese rice cake",
     "sky": "sun moon star cloud rain",
+}
+CONFIG = {  # of the fake model: no more than what an evaluation reads
+    "model_type": "llama",
+    "vocab_size": 100,
+    "hidden_size": 8,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "eos_token_id": 2,
 }
 TASKS = ("SQuAD", "TREC", "WikipediaTopics", "WordSim353")  # those of the small suite
 
@@ -82,7 +93,7 @@ def suite(tmp_path, monkeypatch):
         with gzip.open(tmp_path / "eval" / f"{name}.jsonl.gz", "wt") as file:
             file.write("\n".join(json.dumps(row) for row in rows))
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
+    write_json(tmp_path / "model" / "config.json", CONFIG)
     (tmp_path / "model" / "model.safetensors").write_bytes(b"weights of the first training")
     model = FakeModel()
     local_tasks = data.tasks.local_tasks

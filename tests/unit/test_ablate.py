@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -269,6 +270,32 @@ def test_typos_are_refused_before_anything_is_trained(commands, monkeypatch, cap
     message = error(monkeypatch, capsys, "--grid", "own", "--task", "typo", main=ablate.main)
     assert message.startswith("error: --task typo: expected one of all, ")
     assert not commands.ran
+
+
+def test_flags_that_are_given_override_those_of_the_file(commands, monkeypatch, capsys):
+    declare(one={})
+    assert shown(monkeypatch, capsys, "--grid", "own")["run"] == ["STS mean", "mean"]
+    other = shown(monkeypatch, capsys, "--grid", "own", "--task", "TREC")
+    assert other["run"] == ["Classification mean", "mean"]
+
+
+def test_a_grid_that_cannot_run(commands, monkeypatch, capsys):
+    """What would fail after hours of training; ranks, whose commands would wait for each other."""
+    declare(one={})
+    own = read_json(ablate.ABLATIONS)
+    write_json(ablate.ABLATIONS, own | {"grids": {"own": ["one", "one:int8"]}})
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    message = error(monkeypatch, capsys, "--grid", "own", main=ablate.main)
+    assert message == "error: one:int8: expected the package torchao: pip install torchao"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    message = error(monkeypatch, capsys, "--grid", "own", main=ablate.main)
+    assert message.startswith("error: --grid: expected one process")
+    assert not commands.ran
+
+
+def test_models_of_one_last_name_are_told_apart():
+    names = ablate.short_names(["runs/a/0", "runs/b/0", "runs/stage2"])
+    assert list(names.values()) == ["runs/a/0", "runs/b/0", "stage2"]
 
 
 def test_a_grid_that_is_not_there(commands, monkeypatch, capsys):

@@ -108,11 +108,12 @@ def test_its_code_runs(run, monkeypatch):
     assert (queries * documents).sum() < 0.999  # control
 
 
-def store(results, run, name, score, settings="dtype_float32__max_length_512", split="test"):
-    folder = results / f"results/nvembed__stage1/{content_hash(run)}/experiments/{settings}"
+def store(results, run, task, score, settings="dtype_float32__max_length_512", split="test"):
+    name = run.name.replace(" ", "_")
+    folder = results / f"results/nvembed__{name}/{content_hash(run)}/experiments/{settings}"
     folder.mkdir(parents=True, exist_ok=True)
     content = {"scores": {split: [{"main_score": score}]}}
-    (folder / f"{name}.json").write_text(json.dumps(content))
+    (folder / f"{task}.json").write_text(json.dumps(content))
     (folder / "model_meta.json").write_text("{}")
 
 
@@ -125,14 +126,20 @@ def test_scores_come_from_evaluation(run, tmp_path, monkeypatch, capsys):
     before = content_hash(run)
     store(tmp_path, run, "SQuAD", 0.61234)
     store(tmp_path, run, "MSMARCO", 0.25, split="dev")
-    store(tmp_path, run, "TREC", 0.5, "dtype_float32__limit_9__max_length_512")  # a quick look
+    for other in ("limit_9__max_length_512", "max_length_512__pooling_mean"):  # not this model
+        store(tmp_path, run, "TREC", 0.5, f"dtype_float32__{other}")
     rewrite(monkeypatch, run, "--results", tmp_path)
     text = (run / "README.md").read_text()
     assert "| SQuAD | 61.23 | dtype_float32, max_length_512 |" in text
     assert "| MSMARCO | 25.00 | dtype_float32, max_length_512 |" in text
     assert "TREC" not in text
-    assert "README.md: written" in capsys.readouterr().out
+    assert "README.md: written, with 2 scores of whole tasks" in capsys.readouterr().out
     assert content_hash(run) == before  # the card is no part of what results belong to
+    link = tmp_path / "of a cell"
+    link.symlink_to(run)
+    store(tmp_path, link, "STS", 0.75)
+    rewrite(monkeypatch, link, "--results", tmp_path)
+    assert "| STS | 75.00 |" in (run / "README.md").read_text()
     config = run / "config.json"  # control: results of other weights are not shown
     config.write_text(config.read_text() + "\n")
     rewrite(monkeypatch, run, "--results", tmp_path)

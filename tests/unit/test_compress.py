@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 import nvembed
 from data.base import resolve
 from data.commands import InputError, run_command
-from data.files import write_rows
+from data.card import PROMPTS
+from data.files import read_json, write_json, write_rows
 from data.rows import read_rows
 from experiments import compress
 from nvembed import NVEmbed
@@ -266,6 +267,18 @@ def test_settings_of_the_recipe_and_flags(recipe, base, tmp_path):
     (tmp_path / "recipe.json").write_text(json.dumps(found))
     code, _, err = command(tmp_path / "recipe.json", base, tmp_path / "out")
     assert code == 2 and "export_dtype: expected one of ('auto', 'float32'" in err
+    found["stages"]["3"] |= {"export_dtype": "auto", "dtype": "bfloat16"}  # as it computes
+    (tmp_path / "recipe.json").write_text(json.dumps(found))
+    assert command(tmp_path / "recipe.json", base, tmp_path / "auto")[0] == 0
+    assert {t.dtype for t in weights(tmp_path / "auto").values()} == {torch.bfloat16}
+
+
+def test_the_prompts_of_the_model_are_kept(recipe, base, tmp_path):
+    model = shutil.copytree(base, tmp_path / "model")
+    prompts = {"query": "Instruct: Find it\nQuery: ", "document": ""}
+    write_json(model / PROMPTS, {"prompts": prompts})
+    assert command(recipe, model, tmp_path / "out", "--prune", "magnitude")[0] == 0
+    assert read_json(tmp_path / "out" / PROMPTS)["prompts"] == prompts
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,10 @@ from types import SimpleNamespace
 import mteb
 import numpy as np
 import pytest
+import torch
 from scipy.stats import spearmanr
-from small_suite import TASKS, TOPICS, FakeModel, cells, error, local, output, suite  # noqa: F401
+from small_suite import CONFIG, TASKS, TOPICS, FakeModel, cells, error, local, output
+from small_suite import suite  # noqa: F401
 
 import data.tasks
 import eval as evaluation
@@ -135,7 +137,7 @@ def test_results_of_some_dims_are_kept_apart(suite, monkeypatch, capsys):
 
 
 def test_settings_behind_a_models_name(monkeypatch, tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    write_json(tmp_path / "config.json", CONFIG)
     asked = []
 
     def resolve(name):
@@ -155,6 +157,12 @@ def test_settings_behind_a_models_name(monkeypatch, tmp_path):
     assert quantized.model is None and given == [quantized.settings]
 
 
+def test_int4_computes_in_bf16(suite):
+    """On every machine; without int4 the dtype is the faster one."""
+    assert evaluation.Encoder("model:int4").dtype == torch.bfloat16
+    assert evaluation.Encoder("model:int8").dtype == evaluation.fast_dtype()
+
+
 def test_one_model_is_in_memory_at_a_time(suite, tmp_path, monkeypatch):
     shutil.copytree("model", "other")
     loads = []
@@ -169,13 +177,13 @@ def test_one_model_is_in_memory_at_a_time(suite, tmp_path, monkeypatch):
 
 
 def test_where_results_are_stored(suite, monkeypatch, capsys):
-    """The place of version 1: its results are found again."""
+    """By the content of the model and what else a result depends on: found again next year."""
     output(monkeypatch, capsys, "--model", "model:mean:causal", "--task", "sts", "--limit", "9")
     (path,) = evaluation.Path("runs/results").rglob("WordSim353.json")
     dtype = str(evaluation.fast_dtype()).removeprefix("torch.")
     assert path.parts[2:] == (
         "nvembed__model",
-        "4795bf576f0bed39",
+        "d5a6f0220cf35d25",
         "experiments",
         f"causal_True__dtype_{dtype}__limit_9__max_length_512__pooling_mean",
         "WordSim353.json",
@@ -230,6 +238,10 @@ ODD = [  # arguments, words of the one line
     ((*MODEL, "--colour", "red"), "unrecognized arguments: --colour red"),
     ((*MODEL, "--out", "eval/sts.jsonl.gz"), "File exists"),
     ((*MODEL, "--suite", "empty"), "empty: expected SPLIT_qrels.jsonl"),
+    ((*MODEL, "--model", "empty"), "empty/config.json: "),  # a run that is not finished
+    ((*MODEL, "--dims", "9"), "dims: expected from 1 to 8, the width of a vector, got 9"),
+    ((*MODEL, "--max-length", "99999"), "max_length: expected from 1 to 32768"),
+    ((*MODEL, "--model", "model:int4", "--dtype", "float32"), "expected bfloat16 for int4"),
     (("--model", "adapter"), "expected an adapter that says how to pool"),
     (("--model", "bm25", "--perturb", "case"), "--model bm25: expected no --perturb"),
 ]
@@ -266,7 +278,7 @@ def test_results_of_an_adapter_depend_on_its_base(suite, monkeypatch, capsys):
         evaluation.Path(file).write_bytes(b"other weights")
         assert encodes() == 2
         assert encodes() == 0
-    write_json("model/config.json", {"model_type": "llama", "pooling": "eos"})
+    write_json("model/config.json", CONFIG | {"pooling": "eos"})
     output(monkeypatch, capsys, "--task", "sts", "--model", "adapter")  # now its base says how
 
 
@@ -368,6 +380,37 @@ def test_a_killed_evaluation_goes_on(suite, monkeypatch, capsys):
     monkeypatch.setattr(FakeModel, "encode", encode)
     assert output(monkeypatch, capsys, *MODEL) == whole
     assert [texts for _, texts in suite.calls] == asked[4:]  # the first two tasks took four
+
+
+@pytest.mark.parametrize("name", ("WordSim353.json", "WordSim353_predictions.json"))
+def test_a_half_written_result_is_made_again(suite, monkeypatch, capsys, name):
+    """As by a kill while mteb writes it, or a full disk; so is one whose predictions are gone."""
+    how = (*MODEL, "--task", "sts")
+    whole = output(monkeypatch, capsys, *how)
+    (path,) = evaluation.Path("runs").rglob(name)
+    content = path.read_text()
+    suite.calls.clear()
+    path.write_text(content[: len(content) // 2])
+    assert output(monkeypatch, capsys, *how) == whole
+    assert len(suite.calls) == 2
+    assert read_json(path).keys() == json.loads(content).keys()
+    if "predictions" in name:
+        path.unlink()
+        assert output(monkeypatch, capsys, *how) == whole
+
+
+def test_other_languages_in_a_stored_result_do_not_count(suite, monkeypatch, capsys):
+    """A suite of many languages stores a task under the name that a suite of one has."""
+    how = (*MODEL, "--task", "sts")
+    whole = output(monkeypatch, capsys, *how)
+    (path,) = evaluation.Path("runs").rglob("WordSim353.json")
+    result = read_json(path)
+    (score,) = result["scores"]["test"]
+    other = score | {"hf_subset": "zh", "languages": ["zho-Hans"], "main_score": 0.9}
+    write_json(path, result | {"scores": {"test": [score, other]}})
+    suite.calls.clear()
+    assert output(monkeypatch, capsys, *how) == whole
+    assert not suite.calls
 
 
 # ---- the table

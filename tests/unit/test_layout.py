@@ -194,7 +194,8 @@ ALLOWED = {  # file: what it may import of ours beside data.commands and data.fi
     " data.runs data.sampling",
     "mine.py": "nvembed data.base data.columns data.corpus data.dialects data.folders data.machine"
     " data.recipes data.rows",
-    "eval.py": "nvembed data.base data.dialects data.folders data.machine data.tasks",
+    "eval.py": "nvembed data.adapters data.base data.dialects data.folders data.machine"
+    " data.quantize data.tasks data.texts",
     "data/__init__.py": "",
     "data/folders.py": "",
     "data/adapters.py": "data.folders",
