@@ -84,9 +84,14 @@ def is_run(folder):
 
 
 def remove_run(run):
-    """Removes what a run wrote; `latest` and `finished` first, so that half of it is no run."""
+    """Removes what a run wrote, so that a command that is killed on the way leaves no half run.
+
+    First `finished` and `latest`: what is left is no model. Last the log, by which the rest is
+    known as a run's.
+    """
     written = [path for path in run.iterdir() if WRITTEN.fullmatch(path.name)]
-    for path in sorted(written, key=lambda path: path.name not in ("finished", "latest")):
+    order = {"finished": 0, "latest": 0, "log.jsonl": 2}
+    for path in sorted(written, key=lambda path: order.get(path.name, 1)):
         if path.name == "adapter":
             for name in ("adapter_config.json", "adapter_model.safetensors"):
                 Path(path, name).unlink(missing_ok=True)
@@ -113,6 +118,7 @@ def is_finished(run):
 
 # ---- what a run is
 
+# settings that may be others when a run goes on
 FREE = ("micro_tokens", "recompute", "compile", "save_every", "eval_every", "keep", "shard_ranks")
 
 
@@ -266,8 +272,9 @@ def load_checkpoint(folder, model, optimizer):
 def resume(run, settings, defaults, model, optimizer):
     """Restores a run's last checkpoint, if it has one -> its state: "step" and "record".
 
-    A setting newer than the run had its default. The record is the last step's, to be
-    logged again; None in a checkpoint of an earlier version. All ranks must find the same one.
+    The record is the last step's, which the caller logs again; None in a checkpoint of an earlier
+    version. A setting that the checkpoint does not have counts as its default. All ranks must find
+    the same checkpoint.
     """
     if not (run / "latest").exists():
         state = {"step": 0, "record": {"step": 0}}

@@ -1,5 +1,6 @@
 """What a run may touch, what it is, and how it ends: no file of a user is lost, no run is mixed."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import stat
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -17,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import nvembed
 import train
 
+from data import runs
 from data.ranks import Stopped
 from data.files import read_json, write_json, write_rows
 from data.runs import checkpoint, fingerprint
@@ -48,6 +51,33 @@ def test_restart_removes_only_what_a_run_wrote(recipe, whole, tmp_path):
     ours = {path.relative_to(run) for path in run.rglob("*")}
     changed = {str(path).replace("step_000010", "step_000001") for path in kept}
     assert {str(path) for path in ours} == changed
+
+
+def test_a_restart_that_is_killed_can_be_repeated(whole, tmp_path, monkeypatch):
+    """Before any file that it removes: what is left is no model, and is still known as a run."""
+    unlink = Path.unlink
+    done, stop = False, 0
+    while not done:
+        run = shutil.copytree(whole, tmp_path / str(stop))
+        removed = []
+
+        def killed(path, **how):
+            if len(removed) == stop:
+                raise KeyboardInterrupt
+            removed.append(path)
+            unlink(path, **how)
+
+        monkeypatch.setattr(Path, "unlink", killed)
+        with contextlib.suppress(KeyboardInterrupt):
+            runs.remove_run(run)
+            done = True
+        monkeypatch.setattr(Path, "unlink", unlink)
+        assert stop < 2 or not (run / "finished").exists()
+        runs.check_folder(run, [])
+        runs.remove_run(run)
+        assert not any(run.iterdir())
+        stop += 1
+    assert stop > 8
 
 
 @pytest.mark.parametrize("flag", ([], ["--restart"]))
