@@ -4,9 +4,9 @@
     python train.py --data runs/synthetic.jsonl
 
 There are two prompts: one brainstorms about 20 tasks a request, the other writes one row for a
-task. This is the scheme of E5-mistral (Wang et al. 2024, arXiv 2401.00368) in our own words, which
-synthesize.json holds. OPENAI_API_KEY is sent if it is set, to the endpoint and nowhere else: no
-redirect is followed and no proxy is used.
+task, --rows times. This is the scheme of E5-mistral (Wang et al. 2024, arXiv 2401.00368) in our own
+words, which synthesize.json holds. OPENAI_API_KEY is sent if it is set, to the endpoint and nowhere
+else: no redirect is followed and no proxy is used.
 
 Every outcome is a line of FILE.journal, written before its task's next request: the same command
 continues where it was stopped, and may then ask for other kinds, more tasks or more retries. FILE
@@ -15,6 +15,7 @@ has the rows in the order of their tasks, whatever the concurrency; FILE.json ha
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -85,6 +86,7 @@ def parse_arguments():
     flag("--model", required=True, help="its name on the server")
     flag("--out", default="runs/synthetic.jsonl", help=default)
     flag("--tasks", type=int, default=100, help=f"of each kind; {default}")
+    flag("--rows", type=int, default=1, help=f"of each task; {default}")
     flag("--concurrency", type=int, default=8, help=f"requests at a time; {default}")
     flag("--seed", type=int, default=0, help=default)
     flag("--timeout", type=float, default=120.0, help=f"seconds; {default}")
@@ -117,45 +119,47 @@ def api_key():
 
 
 def generate(journal, pool, kind):
-    """Tasks of a kind and a row for each -> (rows, counts)."""
-    tasks = brainstorm(journal, pool, kind)
-    mentions = sum(len(places) for places in tasks.values())
-    chosen = [places[0] for places in tasks.values()]
-    chosen = chosen[: journal.args.tasks]
-    keys = [key for key, _ in chosen]
-    texts = [task for _, task in chosen]
-    answers = tqdm(pool.map(journal.ask, keys, texts), desc=kind, total=len(chosen))
+    """Tasks of a kind and rows for each -> (rows, counts)."""
+    tasks, duplicates = brainstorm(journal, pool, kind)
+    chosen = list(tasks.values())[: journal.args.tasks]
+    numbers = range(journal.args.rows)
+    keys = [(*key, number) for key, _ in chosen for number in numbers]
+    texts = [task for _, task in chosen for _ in numbers]
+    answers = tqdm(pool.map(journal.ask, keys, texts), desc=kind, total=len(keys))
     rows = []
     for task, answer in zip(texts, answers, strict=True):
         if answer is not None:
             query, positive, *negatives = answer
             rows.append({"query": query, "pos": [positive], "neg": negatives, "prompt": task})
-    return rows, {"tasks": len(chosen), "duplicates": mentions - len(tasks)}
+    return rows, {"tasks": len(chosen), "duplicates": duplicates}
 
 
 def brainstorm(journal, pool, kind):
     """Asks for tasks until there are enough or nothing new comes.
 
-    -> {task in lower case: [(key of a row for it, task), ...], one for each time that it came}
+    -> ({task in lower case: (where it first came, as the beginning of its rows' keys, task)}, how
+    many came again)
     """
     args = journal.args
     tasks = {}
+    duplicates = 0
     requests = 0
     while len(tasks) < args.tasks:
         known = len(tasks)
         more = math.ceil((args.tasks - known) / TASKS_A_REQUEST)
         numbers = range(requests, requests + more)
-        keys = [(args.model, args.seed, kind, number) for number in numbers]
+        keys = [(args.model, args.seed, kind, prompts_hash(kind), number) for number in numbers]
         requests += more
         for key, answer in zip(keys, pool.map(journal.ask, keys), strict=True):
             for place, text in enumerate(answer or []):
                 task = bare_task(text)
-                if task:
-                    mentions = tasks.setdefault(task.casefold(), [])
-                    mentions.append(((*key, place), task))
+                if task.casefold() in tasks:
+                    duplicates += 1
+                elif task:
+                    tasks[task.casefold()] = ((*key, place), task)
         if len(tasks) == known:
             break
-    return tasks
+    return tasks, duplicates
 
 
 def bare_task(text):
@@ -164,6 +168,12 @@ def bare_task(text):
     while task.startswith("Instruct:"):
         task = task.removeprefix("Instruct:").strip()
     return task
+
+
+def prompts_hash(kind):
+    """Stands in a key for the prompts of its kind: after a change of them all is asked anew."""
+    content = json.dumps([PROMPTS["varied"], PROMPTS["kinds"][kind]])
+    return hashlib.sha256(content.encode()).hexdigest()[:8]
 
 
 def prompt_for(key, task):
@@ -181,9 +191,9 @@ def prompt_for(key, task):
 class Journal:
     """The outcomes of all requests, a line [key, texts or the reason why there are none] each.
 
-    The key of a brainstorm is (model, seed, kind, its number); that of a row has one more member,
-    the place of its task in the brainstorm's answer. Several threads may ask at a time, each for
-    another key.
+    The key of a brainstorm is (model, seed, kind, hash of the prompts, its number); that of a row
+    has two more members, the place of its task in the brainstorm's answer and its number among the
+    rows of that task. Several threads may ask at a time, each for another key.
     """
 
     def __init__(self, path, args):

@@ -43,7 +43,7 @@ TIMEOUT = 1.5  # seconds that the client waits; a late answer comes after twice 
 
 def misbehaves(prompt, seed):
     """A fifth of the answers are garbage, 8 % of the requests get none."""
-    rng = random.Random(f"{seed} {prompt} fault")
+    rng = random.Random(f"{seed} {prompt} mood")
     draw = rng.random()
     if draw < 0.2:
         return rng.choice(GARBAGE)

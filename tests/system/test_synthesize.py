@@ -151,7 +151,7 @@ def test_duplicate_tasks_are_dropped_and_counted(finished_run):
     tasks = []
     for line in journal_lines(out):
         key, outcome = json.loads(line)
-        if len(key) == 4 and isinstance(outcome, list):
+        if len(key) == 5 and isinstance(outcome, list):
             tasks += [task.casefold() for task in outcome]
     different = len(set(tasks))
     assert counts["short-long"] == {"tasks": 100, "duplicates": len(tasks) - different}
@@ -281,6 +281,36 @@ def test_all_kinds(serve, tmp_path):
     assert Counter(keys_asked) == dict.fromkeys(KINDS.values(), 3)
     templates = synthesize.PROMPTS["kinds"]
     assert {kind: tuple(templates[kind]["keys"]) for kind in templates} == KINDS
+
+
+def test_several_rows_of_a_task(serve, tmp_path):
+    """The first of each task are those of --rows 1, and are not asked for again."""
+    server = serve()
+    out = tmp_path / "rows.jsonl"
+    finished(server, out, tasks=3)
+    first = list(read_rows(out))
+    asked = len(server.asked)
+    counts = finished(server, out, tasks=3, rows=2)
+    assert (counts["rows"], counts["short-long"]["tasks"]) == (6, 3)
+    assert len(server.asked) == asked + 3
+    rows = list(read_rows(out))
+    assert rows[::2] == first
+    for one, other in zip(rows[::2], rows[1::2], strict=True):
+        assert one["prompt"] == other["prompt"]
+        assert one["query"] != other["query"]
+
+
+def test_other_prompts_are_asked_anew(serve, tmp_path, monkeypatch):
+    server = serve()
+    out = tmp_path / "rows.jsonl"
+    finished(server, out, tasks=3)
+    asked = len(server.asked)
+    finished(server, out, tasks=3)
+    assert len(server.asked) == asked  # control
+    kind = synthesize.PROMPTS["kinds"]["short-long"]
+    monkeypatch.setitem(kind, "example", kind["example"] + " Be brief.")
+    finished(server, out, tasks=3)
+    assert len(server.asked) == 2 * asked
 
 
 def test_without_checks_garbage_would_pass(serve, tmp_path, monkeypatch):

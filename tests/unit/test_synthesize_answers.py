@@ -100,9 +100,10 @@ def test_tasks_are_bare():
     texts = ["Instruct: Instruct: find  it", "Instruct:", "Instruct: Instruct:", "Find IT", "rank"]
     journal = Namespace(args=Namespace(model="m", seed=0, tasks=9), ask=lambda key: texts)
     with ThreadPoolExecutor(1) as pool:
-        tasks = synthesize.brainstorm(journal, pool, "short-long")
-    assert [places[0][1] for places in tasks.values()] == ["find it", "rank"]
-    assert [key[-1] for key, _ in tasks["find it"]] == [0, 3, 0, 3]  # two requests
+        tasks, duplicates = synthesize.brainstorm(journal, pool, "short-long")
+    assert [task for _, task in tasks.values()] == ["find it", "rank"]
+    assert [key[-2:] for key, _ in tasks.values()] == [(0, 0), (0, 4)]
+    assert duplicates == 1 + 3  # in the first request and in the second
 
 
 # ---- the journal
