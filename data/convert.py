@@ -23,7 +23,7 @@ from data.files import write_json, write_rows
 from data.leakage import drop_leaks, words
 from data.tables import get, ids_of, local_files, read_table, tables_of, texts_of, texts_of_table
 
-LABELLED_TEXTS = 100_000  # kept of a larger set: positives and negatives are drawn from them
+LABELLED_TEXTS = 100_000  # kept of a larger set with fewer "samples": others are drawn from them
 NEGATIVES = 7  # of a labelled text
 
 
@@ -109,9 +109,11 @@ def convert(dataset, seed, corpus=None):
         rows = name_rows(chosen, rng)
     elif "label" in source:
         rows = example_rows(items, rng, most)
+        sizes = Counter(item["label"] for item in items)
+        counts["alone in its class"] = sum(size == 1 for size in sizes.values())
     else:
         rows = items
-    counts["surplus"] += len(items) - len(rows)
+    counts["surplus"] += len(items) - len(rows) - counts["alone in its class"]
     if not rows:
         reasons = dict(counts)
         raise InputError(
@@ -185,7 +187,7 @@ def read_pair(source, row, where):
     for side in ("pos", "neg"):
         if side in source:
             documents = read_documents(row, source[side], where)
-            item[side] = [document for document in documents if document]
+            item[side] = list(dict.fromkeys(document for document in documents if document))
     return item
 
 
@@ -325,13 +327,13 @@ def example_rows(texts, rng, most, negatives=NEGATIVES):
     for label, own in places.items():
         others_before[label] = np.array(own) - np.arange(len(own))
 
+    # A text has a row if there is another one of its class, and one of another class.
+    usable = [i for i, text in enumerate(texts) if 1 < len(places[text["label"]]) < len(texts)]
     rows = []
-    for place in rng.sample(range(len(texts)), min(len(texts), most)):
+    for place in rng.sample(usable, min(len(usable), most)):
         label = texts[place]["label"]
         own = places[label]
         others = len(texts) - len(own)
-        if len(own) == 1 or others == 0:
-            continue
         draw = rng.choice(range(len(own) - 1))
         if own[draw] >= place:  # passes over the text itself
             draw += 1

@@ -114,8 +114,8 @@ def check_outputs(outputs, inputs):
 def finished(path, report, plan, others=()):
     """The content of `report` if it says that `path` was made by `plan`, else None.
 
-    A file in their place, or in that of `others`, that no command of ours wrote is an InputError:
-    it stays.
+    `others` are further files made with it: None if one is gone. A file in the place of any of them
+    that no command of ours wrote is an InputError: it stays.
     """
     earlier = read_json(report) if report.exists() else {}
     if "plan" not in earlier:
@@ -123,7 +123,8 @@ def finished(path, report, plan, others=()):
             if Path(file).exists():
                 raise InputError(f"{file}: is in the way, not from this command")
         return None
-    return earlier if path.exists() and earlier["plan"] == plan else None
+    whole = all(Path(file).exists() for file in (path, *others))
+    return earlier if whole and earlier["plan"] == plan else None
 
 
 def check_unchanged(path, report, source):

@@ -76,6 +76,7 @@ def prepare_recipe(args):
     for name in chosen:
         if name not in entries:
             raise InputError(f"--only: expected one of {list(entries)}, got {name!r}")
+    failed = []
     for name, entry in entries.items():
         if name not in chosen:
             continue
@@ -87,7 +88,13 @@ def prepare_recipe(args):
             for key in ("file", "corpus"):
                 if key in entry:
                     entry[key] = str(Path(args.out, Path(entry[key]).name))
-        print(convert.prepare(entry, recipe["seed"]))
+        try:
+            print(convert.prepare(entry, recipe["seed"]))
+        except InputError as error:  # the other sets are made all the same
+            print(f"error: {name}: {error}", file=sys.stderr)
+            failed.append(name)
+    if failed:
+        raise InputError(f"not made: {', '.join(failed)}; the reasons are above")
 
 
 def build(names):

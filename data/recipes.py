@@ -12,7 +12,7 @@ import hashlib
 from pathlib import Path
 
 from data.commands import InputError, check_ranges
-from data.files import ROOT, cache, check_fields, read_json
+from data.files import ROOT, beside, cache, check_fields, read_json
 from data.leakage import OVERLAPS
 from data.rows import check_prompt
 from data.tables import tables_of
@@ -228,6 +228,20 @@ def made_rows(path):
     if path.parent != ROOT / "data":
         name += "-" + hashlib.sha256(str(path).encode()).hexdigest()[:8]
     return cache() / "recipes" / name
+
+
+def check_prepared(path, entry):
+    """Refuses rows that prepare.py made from another entry, or has not finished."""
+    made_by = plan_in(beside(path, "json")).get("dataset", {})
+    for field in ("source", "leakage", "samples"):
+        if made_by.get(field) != entry.get(field):
+            message = f"was not made by the recipe's '{field}'; data/prepare.py makes it anew"
+            raise InputError(f"{path}: {message}")
+
+
+def plan_in(report):
+    """What a report says that its rows were made by; {} without one, or if they are half made."""
+    return (read_json(report) if report.exists() else {}).get("plan") or {}
 
 
 def stage_settings(recipe, path, stage, types):

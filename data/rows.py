@@ -102,7 +102,7 @@ def canonical(text):
 
 
 def text_id(text):
-    """64 bits that stand for a text where only equality matters, that of `canonical`."""
+    """A 64-bit hash of the canonical text: equal for texts that count as one."""
     return hash64(canonical(text).encode())
 
 
@@ -112,7 +112,7 @@ def hash64(content):
 
 
 class KnownPositives:
-    """Query -> text_ids that are never its negatives: all positives that any row gives it, itself.
+    """Query -> text_ids of what is never its negative: itself and all positives that rows give it.
 
     Memory: 16 bytes a pair of a query and a positive.
     """

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from data.commands import InputError
-from data.files import beside, digest, read_json
+from data.files import digest, read_json
+from data.recipes import check_prepared
 from data.rows import KnownPositives, Rows, read_rows
 
 TEMPLATE = 24  # tokens, at most, of what an instruction stands in
@@ -44,11 +45,11 @@ def read_datasets(entries, stage, s, mined=None):
         if stage not in entry["stages"]:
             continue
         path, shown = Path(entry["file"]), entry.get("shown")
+        if "source" in entry and path.exists():
+            check_prepared(path, entry)
         if mined and Path(mined, path.name).exists():
             check_mined(Path(mined, path.name), path)
             path, shown = Path(mined, path.name), None
-        elif "source" in entry and path.exists():
-            check_prepared(path, entry)
         rows = read_rows(path, shown=shown)
         order = np.random.default_rng(s.seed).permutation(len(rows))
         held = min(s.held_out, len(rows) // 10)
@@ -78,31 +79,22 @@ def read_datasets(entries, stage, s, mined=None):
     return datasets
 
 
-def check_prepared(path, entry):
-    """Refuses rows that prepare.py made from another entry, or has not finished."""
-    made_by = plan_in(beside(path, "json")).get("dataset", {})
-    for field in ("source", "leakage", "samples"):
-        if made_by.get(field) != entry.get(field):
-            message = f"was not made by the recipe's '{field}'; data/prepare.py makes it anew"
-            raise InputError(f"{path}: {message}")
-
-
 def check_mined(path, source):
-    """Refuses rows that mine.py made of other rows than those of `source`."""
-    made_from = plan_in(Path(f"{path}.json")).get("sha256")
+    """Refuses rows that mine.py made of other rows than those of `source`, or has not finished."""
+    report = Path(f"{path}.json")
+    plan = read_json(report).get("plan", {}) if report.exists() else {}
+    if plan is None:
+        raise InputError(f"{path}: is half made; mine again")
+    made_from = plan.get("sha256")
     if source.exists() and made_from not in (None, digest(source)):
         raise InputError(f"{path}: was mined from other rows than those of {source}; mine again")
-
-
-def plan_in(report):
-    """What a report says that its rows were made by; {} without one, or if they are half made."""
-    return (read_json(report) if report.exists() else {}).get("plan") or {}
 
 
 def check_prompts(datasets, tokenize, max_length):
     """Refuses an instruction that leaves no room for a text, and names its row.
 
-    A token has at least a byte, so that rows are read only where one may be too long.
+    Rows are read only if a prompt has so many bytes that it could fill max_length: a token has at
+    least one byte.
     """
     for dataset in datasets:
         longest = max(len(dataset.instruction.encode()), dataset.rows.longest_prompt)

@@ -18,6 +18,7 @@ from data.commands import InputError, one_line
 from data.files import as_list, bare, json_lines, open_lines, reading
 
 MARKS = {".csv": ",", ".tsv": "\t"}  # what stands between two cells
+CONVERTED = "refs/convert/parquet"  # a branch that the hub makes, with a folder for each config
 FILE_FORMATS = (".json", ".jsonl", ".parquet", *MARKS)  # endings of files' names
 
 
@@ -82,6 +83,8 @@ def open_table(table, config):
 
     logging.set_verbosity(logging.CRITICAL)  # its errors repeat what it would log
     options = {"split": table["split"], "revision": table.get("revision")}
+    if config is not None and table.get("revision") == CONVERTED:
+        options["data_dir"], config = config, None
     files = [file for file in local_files(table) if file_ending(str(file)) in FILE_FORMATS]
     if files and all(file_ending(str(file)) in MARKS for file in files):
         options |= text_cells(files)

@@ -65,12 +65,13 @@ def triplets():
 def entailment():
     names = ("premise", "hypothesis", "label")
     rows = [("a", "yes", 0), ("a", "maybe", 1), ("a", "no", 2), ("b", "so", 0), ("c", "nor", 2)]
+    rows.append(("a", "nobody agrees", -1))
     return {"": [dict(zip(names, row, strict=True)) for row in rows]}
 
 
 def claims():
-    """HoVer's: the facts of a claim are titles of documents; claim 2 is not supported."""
-    titles = [["Title", "Other"], ["Other"], ["Title"]]
+    """HoVer's: the facts of a claim are sentences of documents; claim 2 is not supported."""
+    titles = [["Title", "Other", "Title"], ["Other"], ["Title"]]
     found = []
     for number, keys in enumerate(titles):
         facts = [{"key": key, "value": 0} for key in keys]
@@ -141,7 +142,7 @@ QUESTIONS = {  # name: (tables in the source's schema, rows, texts of the corpus
     "StackExchange": (two(post1="question", post2="answer"), ANSWERS, 2),
     "SQuAD": (SQUAD, ANSWERS, 2),
     "ArguAna": (ARGUANA, ARGUMENTS, 4),
-    "NLI": (entailment(), [("a", ["yes"], ["no"])], 5),
+    "NLI": (entailment(), [("a", ["yes"], ["no"])], 6),
     "BioASQ": (bioasq(), PASSAGES, 4),
     "HoVer": (claims(), FACTS, 3),
     "MIRACL": (triplets(), TRIPLETS, 5),
@@ -155,10 +156,11 @@ QUESTIONS = {  # name: (tables in the source's schema, rows, texts of the corpus
 # ---- labelled texts
 
 PAPERS = ("arXivP2P", "arXivS2S", "bioRxivP2P", "bioRxivS2S", "medRxivP2P", "medRxivS2S")
-LISTS = ("Reddit", "StackExchangeClustering")  # a row holds many texts and their labels
+LISTS = ("StackExchangeClustering",)  # a row holds many texts and their labels
 CLASSIFICATION = [name for name, e in ENTRIES.items() if e["kind"] == "classification"]
 LABELLED = [
     *PAPERS,
+    "Reddit",
     "RedditP2P",
     "TwentyNewsgroups",
     "StackExchangeClusteringP2P",
@@ -174,7 +176,7 @@ def labelled_row(name, number, label):
     of_class = f"class {label}"
     if name in PAPERS:
         return {"id": number, "title": text, "abstract": more, "category": of_class}
-    if name == "RedditP2P":
+    if name in ("Reddit", "RedditP2P"):
         return {"title": text, "body": more, "subreddit": of_class}
     if name == "StackExchangeClusteringP2P":
         return {"title_body": text, "upvoted_answer": "a", "config": of_class}

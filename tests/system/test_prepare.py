@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mine
 import pytest
 import train
 from sources import small_recipe
@@ -27,6 +28,14 @@ def command(monkeypatch, *args):
     """prepare.py in this process."""
     monkeypatch.setattr(sys, "argv", ["prepare.py", *map(str, args)])
     prepare.main()
+
+
+def refusals(monkeypatch, capsys, *args):
+    """What prepare.py prints of the sets that it cannot make."""
+    capsys.readouterr()
+    with pytest.raises(InputError, match="^not made: "):
+        command(monkeypatch, *args)
+    return capsys.readouterr().err
 
 
 def run(*args, seed="0", **environment):
@@ -102,7 +111,32 @@ def test_a_changed_source_is_made_anew(tmp_path, monkeypatch, capsys):
     assert contents(tmp_path / "rows")["Emotion.jsonl.gz"] != before["Emotion.jsonl.gz"]
 
 
-def test_prepare_overwrites_nothing_of_the_user(tmp_path, monkeypatch):
+def test_one_set_that_fails_costs_no_other(tmp_path, monkeypatch, capsys):
+    """Two cannot be made: the others are, and the command says at its end which are not."""
+    recipe = small_recipe(tmp_path / "source")
+    for name in ("FiQA", "Emotion"):
+        (tmp_path / f"source/tables/{name}.jsonl").write_text("[1]\n")
+    flags = ("--recipe", recipe, "--out", tmp_path / "rows")
+    with pytest.raises(InputError, match="^not made: FiQA, Emotion; the reasons are above$"):
+        command(monkeypatch, *flags)
+    told = capsys.readouterr()
+    assert "FiQA.jsonl:1: expected" in told.err
+    assert "Emotion.jsonl:1: expected" in told.err
+    assert told.out.count(" kept ") == 2
+    assert {"STS12.jsonl.gz", "IMDB.jsonl.gz"} < contents(tmp_path / "rows").keys()
+
+
+def test_a_corpus_that_is_gone_is_made_again(tmp_path, monkeypatch):
+    recipe = small_recipe(tmp_path / "source")
+    flags = ("--recipe", recipe, "--out", tmp_path / "rows", "--only", "FiQA")
+    command(monkeypatch, *flags)
+    before = contents(tmp_path / "rows")
+    (tmp_path / "rows/FiQA.corpus.jsonl.gz").unlink()
+    command(monkeypatch, *flags)
+    assert contents(tmp_path / "rows") == before
+
+
+def test_prepare_overwrites_nothing_of_the_user(tmp_path, monkeypatch, capsys):
     """A source of the name of its rows; a file that is in the way; a folder in use."""
     recipe = small_recipe(tmp_path / "source")
     tables = tmp_path / "source/tables"
@@ -113,21 +147,22 @@ def test_prepare_overwrites_nothing_of_the_user(tmp_path, monkeypatch):
     recipe.write_text(json.dumps(content))
     before = contents(tables)
     flags = ("--recipe", recipe, "--only", "Emotion", "--out")
-    with pytest.raises(InputError, match="Emotion.jsonl.gz: would overwrite the input"):
-        command(monkeypatch, *flags, tables)
+    told = refusals(monkeypatch, capsys, *flags, tables)
+    assert "Emotion.jsonl.gz: would overwrite the input" in told
     assert contents(tables) == before
     out = tmp_path / "out"
     out.mkdir()
     (out / "Emotion.json").write_text('{"mine": 1}')
-    with pytest.raises(InputError, match="Emotion.json: is in the way, not from this command$"):
-        command(monkeypatch, *flags, out)
+    told = refusals(monkeypatch, capsys, *flags, out)
+    assert "Emotion.json: is in the way, not from this command\n" in told
     (out / "Emotion.json").unlink()
-    with locked(out), pytest.raises(InputError, match="out: in use by another process$"):
-        command(monkeypatch, *flags, out)
+    with locked(out):
+        told = refusals(monkeypatch, capsys, *flags, out)
+    assert "out: in use by another process\n" in told
     assert not contents(out)
     (out / "Emotion.dropped.jsonl").write_text("mine\n")
-    with pytest.raises(InputError, match="Emotion.dropped.jsonl: is in the way, not from this"):
-        command(monkeypatch, *flags, out)
+    told = refusals(monkeypatch, capsys, *flags, out)
+    assert "Emotion.dropped.jsonl: is in the way, not from this" in told
     assert contents(out) == {"Emotion.dropped.jsonl": b"mine\n"}
     (out / "Emotion.dropped.jsonl").unlink()
     command(monkeypatch, *flags, out)  # control
@@ -176,6 +211,24 @@ def test_training_finds_what_it_wrote(tmp_path, monkeypatch, capsys):
         train.read_datasets(entries, 2, settings)
 
 
+def test_mining_refuses_rows_of_another_recipe(tmp_path, monkeypatch):
+    """Before it encodes anything: the teacher is not even looked for."""
+    recipe = small_recipe(tmp_path / "source")
+    monkeypatch.setenv("NVEMBED_CACHE", str(tmp_path / "cache"))
+    command(monkeypatch, "--recipe", recipe, "--only", "FiQA", "STS12")
+    content = json.loads(recipe.read_text())
+    content["datasets"][0]["samples"] = 2
+    recipe.write_text(json.dumps(content))
+    line = ["mine.py", "--recipe", str(recipe), "--model", "absent"]
+    monkeypatch.setattr(sys, "argv", line)
+    with pytest.raises(InputError, match="FiQA.jsonl.gz: was not made by the recipe's 'samples'"):
+        mine.main()
+    command(monkeypatch, "--recipe", recipe, "--only", "FiQA", "STS12")
+    monkeypatch.setattr(sys, "argv", line)
+    with pytest.raises(InputError, match="absent"):  # control
+        mine.main()
+
+
 @pytest.mark.parametrize("field, value", [("samples", 2), ("source", None), ("leakage", None)])
 def test_training_refuses_rows_of_another_recipe(tmp_path, monkeypatch, field, value):
     """What says which rows there are was changed since, or prepare.py was killed."""
@@ -192,8 +245,12 @@ def test_training_refuses_rows_of_another_recipe(tmp_path, monkeypatch, field, v
         train.read_datasets([changed], 2, settings)
     mined = tmp_path / "mined"
     mined.mkdir()
-    (mined / path.name).write_bytes(path.read_bytes())  # they take the place of the cache's
-    assert train.read_datasets([changed], 2, settings, mined)
+    (mined / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(InputError, match=message):  # what was mined from them is as old
+        train.read_datasets([changed], 2, settings, mined)
+    begin(mined / f"{path.name}.json")
+    with pytest.raises(InputError, match=f"^{mined / path.name}: is half made; mine again$"):
+        train.read_datasets([entry], 2, settings, mined)
     begin(path.parent / "Emotion.json")
     with pytest.raises(InputError, match=f"^{path}: was not made by the recipe's 'source'; "):
         train.read_datasets([entry], 2, settings)

@@ -85,7 +85,7 @@ def check_labelled_row(row, source):
     """The text's class is its number modulo 2; documents are names, or texts of that class."""
     own = number_in(row["query"]) % 2
     if source.get("documents") == "names":
-        names = list(source["names"].values())
+        names = list(source.get("names", {0: "class 0", 1: "class 1"}).values())
         assert (row["pos"], row["neg"]) == ([names[own]], [names[1 - own]])
         return
     assert [number_in(text) % 2 for text in row["pos"]] == [own]
@@ -96,7 +96,8 @@ def check_labelled_row(row, source):
 
 def test_labels_by_name(tmp_path):
     """The setting for the ablation: the same texts, the label's text as the document."""
-    entry = local_entry("Banking77", tables_of("Banking77"), tmp_path)
+    entry = local_entry("Emotion", tables_of("Emotion"), tmp_path)
+    del entry["leakage"]
     entry["source"]["documents"] = "names"
     convert.prepare(entry, 0)
     rows = read_rows(entry["file"])
@@ -104,6 +105,19 @@ def test_labels_by_name(tmp_path):
     for row in rows:
         own = number_in(row["query"]) % 2
         assert (row["pos"], row["neg"]) == ([f"class {own}"], [f"class {1 - own}"])
+
+
+def test_texts_alone_in_their_class_are_no_rows_but_negatives():
+    """As many rows as asked for, if so many texts have another one of their class."""
+    labels = "a" * 10 + "bcdefghijk"
+    texts = [{"text": f"{place}", "label": label} for place, label in enumerate(labels)]
+    negatives = set()
+    for seed in range(20):
+        rows = convert.example_rows(texts, convert.random.Random(seed), 8)
+        assert len(rows) == 8
+        assert all(int(row["query"]) < 10 for row in rows)
+        negatives.update(text for row in rows for text in row["neg"])
+    assert negatives == {str(place) for place in range(10, 20)}
 
 
 def test_negatives_are_any_text_of_other_classes():
@@ -228,7 +242,7 @@ def test_changed_schema(name, tmp_path):
             "field 'label_text': expected names or numbers, got [1.5]",
         ),
         ("IMDB", "label", 2, "field 'label': expected one of ['0', '1'], got '2'"),
-        ("Reddit", "labels", ["a"], "field 'labels': expected 10, one for each text, got 1"),
+        ("StackExchangeClustering", "labels", ["a"], "field 'labels': expected 10, one for each text, got 1"),
         (
             "BioASQ",
             "relevant_passage_ids",

@@ -68,6 +68,16 @@ def test_a_name_is_no_pattern(tmp_path, name):
     assert [row for _, row in read(path)] == [row | {"config": None} for row in ROWS]
 
 
+def test_configs_of_a_converted_branch(tmp_path):
+    """The hub's branch of Parquet files names no configs: each is a folder of its splits."""
+    for config, row in zip("xy", ROWS, strict=True):
+        folder = tmp_path / config / "train"
+        folder.mkdir(parents=True)
+        write_table(folder / "0000.parquet", [row])
+    found = read(tmp_path, config=["y", "x"], revision="refs/convert/parquet")
+    assert [row for _, row in found] == [ROWS[1] | {"config": "y"}, ROWS[0] | {"config": "x"}]
+
+
 def test_folder_of_two_configs(tmp_path):
     """As a clone of a hub repository; a row knows its config."""
     header = "---\nconfigs:\n"
