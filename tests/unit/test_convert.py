@@ -242,7 +242,12 @@ def test_changed_schema(name, tmp_path):
             "field 'label_text': expected names or numbers, got [1.5]",
         ),
         ("IMDB", "label", 2, "field 'label': expected one of ['0', '1'], got '2'"),
-        ("StackExchangeClustering", "labels", ["a"], "field 'labels': expected 10, one for each text, got 1"),
+        (
+            "StackExchangeClustering",
+            "labels",
+            ["a"],
+            "field 'labels': expected 10, one for each text, got 1",
+        ),
         (
             "BioASQ",
             "relevant_passage_ids",
