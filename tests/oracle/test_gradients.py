@@ -1,5 +1,7 @@
 """Cached gradient = plain gradient, compiled = eager; the first step = AdamW by hand."""
 
+from collections import Counter
+
 import nvembed
 import pytest
 import torch
@@ -19,6 +21,7 @@ from safetensors.torch import load_file
 
 import train
 from data.runs import checkpoint
+from data.sampling import Dataset, known_positives
 from nvembed import NVEmbed
 
 # ---- gradient
@@ -129,6 +132,53 @@ def test_what_is_trained(base):
     assert "latent_attention_model.cross_attend_blocks.0.fn.to_kv.weight" in moved
 
 
+@pytest.mark.parametrize("lora_rank", (4, 0))
+def test_trained_weights_are_fp32(base, lora_rank):
+    """While it computes in bf16, in which frozen weights are kept; vectors come in fp32."""
+    s = settings(dtype="bfloat16", lora_rank=lora_rank)
+    model, _ = train.build(base, s, "cpu")
+    found = {(p.requires_grad, p.dtype) for p in model.parameters()}
+    frozen = {(False, torch.bfloat16)} if lora_rank else set()
+    assert found == {(True, torch.float32)} | frozen
+    assert model.dtype == torch.bfloat16
+    assert model(a_batch(model, some_rows(2), s).tokens).dtype == torch.float32
+
+
+def test_blocks_are_recomputed_if_asked(base):
+    for recompute in (False, True):
+        model, _ = train.build(base, settings(recompute=recompute), "cpu")
+        assert {block.recompute for block in model.embedding_model.layers} == {recompute}
+
+
+def test_every_step_has_dropout_of_its_own(base, monkeypatch):
+    """Each micro-batch has a key of its own at each step, used twice: the cache replays it."""
+    s = settings()
+    model = trainable(base, s)
+    batch = a_batch(model, some_rows(6), s)
+    optimizer = torch.optim.AdamW(train.trained(model).values())
+    keys = []
+    monkeypatch.setattr(train, "reseed", lambda *key: keys.append(key))
+    for step in (0, 1):
+        train.train_step(model, optimizer, batch, s, step)
+    parts = len(nvembed.pack(batch.tokens, s.micro_tokens))
+    assert parts > 1
+    assert Counter(Counter(keys).values()) == {2: 2 * parts}
+
+
+def test_held_out_figures_are_those_of_eval_mode(base):
+    """Without dropout; the model is in training afterwards."""
+    s, held = settings(batch=4), some_rows(4, seed=3)
+    model = trainable(base, s)
+    dataset = Dataset("set", "Find it", False, some_rows(4), held)
+    found = train.held_out(model, [dataset], s, known_positives([dataset]))
+    assert model.training
+    batch = a_batch(model, held, s)
+    trained_loss, _ = train.batch_loss(model(batch.tokens), batch, s)
+    loss, _ = train.batch_loss(model.eval()(batch.tokens), batch, s)
+    assert found["held_out_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert abs(trained_loss - loss) > 1e-3 * loss  # control
+
+
 def gradient_norm(optimizer):
     """Norm of the gradient of a first step, from the moments that it left."""
     moments = [t for name, t in optimizer.items() if name.endswith("exp_avg")]
@@ -138,9 +188,9 @@ def gradient_norm(optimizer):
 def test_first_step_is_adamw_by_hand(recipe, base, tmp_path):
     """p (1 - lr decay) - lr m / (sqrt(v) + 1e-8) of a clipped gradient.
 
-    The moments m and v are in the checkpoint.
+    The moments m and v are in the checkpoint. The first of four steps of warm-up has lr / 4.
     """
-    flags = ("--steps", 1, "--warmup", 0, "--weight-decay", 0.5, "--clip")
+    flags = ("--steps", 1, "--warmup", 4, "--weight-decay", 0.5, "--clip")
     run, free = tmp_path / "run", tmp_path / "free"
     assert command(recipe, "--out", run, *flags, 1e-3)[0] == 0
     assert command(recipe, "--out", free, *flags, 1e9)[0] == 0  # control: no clipping
@@ -148,12 +198,13 @@ def test_first_step_is_adamw_by_hand(recipe, base, tmp_path):
     model, _ = train.build(base, s, "cpu")
     stored = load_file(checkpoint(run) / FILES[0])
     optimizer = load_file(checkpoint(run) / FILES[1])
+    lr = s.lr / 4
     for name, p in train.trained(model).items():
         p = p.detach()
         m = optimizer[f"{name}.exp_avg"] / (1 - 0.9)
         v = optimizer[f"{name}.exp_avg_sq"] / (1 - 0.999)
-        step = s.lr * m / (v.sqrt() + 1e-8)
-        decayed = p * (1 - s.lr * 0.5) - step
+        step = lr * m / (v.sqrt() + 1e-8)
+        decayed = p * (1 - lr * 0.5) - step
         torch.testing.assert_close(stored[name], decayed, rtol=1e-5, atol=1e-6)
         undecayed = torch.allclose(stored[name], p - step, rtol=1e-5, atol=1e-6)
         assert p.norm() == 0 or not undecayed  # control

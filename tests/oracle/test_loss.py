@@ -85,6 +85,17 @@ def test_info_nce_equals_a_double_loop(in_batch, negatives, temperature):
         assert abs(other - loss.item()) > 1e-3  # control: duplicates count
 
 
+def test_accuracy_by_hand():
+    """The share of queries whose positive scores highest; a known positive above it is no error."""
+    rows, s = some_rows(3, 1), settings(negatives=1)
+    axes = torch.eye(9)
+    e = axes[[0, 1, 2, 0, 5, 6, 1, 2, 7]]  # queries, then each row's positive and negative
+    e[5] = (axes[1] + axes[6]) * 0.5**0.5  # row 1's positive is less like it than ...
+    assert train.batch_loss(e, a_batch(TEXTS, rows, s), s)[1] == pytest.approx(2 / 3)
+    rows[1]["neg"] = rows[1]["pos"]  # ... its negative
+    assert train.batch_loss(e, a_batch(TEXTS, rows, s), s)[1] == 1
+
+
 @pytest.mark.parametrize("margin", (0.0, 0.1, 0.3))
 @pytest.mark.parametrize("in_batch", (True, False))
 def test_false_negatives_equal_a_double_loop(in_batch, margin):

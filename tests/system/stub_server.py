@@ -38,7 +38,7 @@ FAULTS = {  # of an answer: reason under which it is counted
 }
 GARBAGE = [name for name, reason in FAULTS.items() if reason.startswith("bad")]
 REFUSALS = [name for name, reason in FAULTS.items() if reason.startswith("refused")]
-TIMEOUT = 1.5  # seconds that the client waits; a late answer comes after twice that
+TIMEOUT = 3  # seconds that the client waits; a late answer comes after twice that
 
 
 def misbehaves(prompt, seed):

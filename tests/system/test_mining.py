@@ -31,7 +31,7 @@ def test_signals(tmp_path, number):
     mine_scale.write_world(tmp_path, 40, 50000)
     flags = ("out", 64, 1000, ["--negatives", 5])
     process = mine_scale.start(tmp_path, *flags, stderr=subprocess.PIPE)
-    while len(mine_scale.shard_times(tmp_path)) < 2:
+    while process.poll() is None and len(mine_scale.shard_times(tmp_path)) < 2:
         time.sleep(0.01)
     process.send_signal(number)
     _, err = process.communicate()

@@ -211,6 +211,27 @@ def test_training_finds_what_it_wrote(tmp_path, monkeypatch, capsys):
         train.read_datasets(entries, 2, settings)
 
 
+def test_mining_searches_the_corpora_of_a_recipe(tmp_path, monkeypatch):
+    """Of its sets of retrieval and STS; classes have no negatives to mine."""
+    recipe = small_recipe(tmp_path / "source")
+    monkeypatch.setenv("NVEMBED_CACHE", str(tmp_path / "cache"))
+    command(monkeypatch, "--recipe", recipe)
+    searched = {}
+
+    def noted(rows, teachers, entry, args, corpus):
+        searched[entry["name"]] = corpus
+        return [{"query": "q", "pos": ["p"]}], {"kept": 1}
+
+    monkeypatch.setattr(mine, "mine", noted)
+    monkeypatch.setattr(mine, "find_teacher", lambda *_: mine.Teacher("t", "t", 1, "float32"))
+    line = ["mine.py", "--recipe", str(recipe), "--model", "t", "--out", str(tmp_path / "mined")]
+    monkeypatch.setattr(sys, "argv", line)
+    mine.main()
+    entries = [entry for entry in read_recipe(recipe)["datasets"] if "corpus" in entry]
+    assert [entry["name"] for entry in entries] == ["FiQA", "STS12"]
+    assert searched == {entry["name"]: [entry["corpus"]] for entry in entries}
+
+
 def test_mining_refuses_rows_of_another_recipe(tmp_path, monkeypatch):
     """Before it encodes anything: the teacher is not even looked for."""
     recipe = small_recipe(tmp_path / "source")

@@ -53,7 +53,7 @@ def flags(server, out, **changes):
         "model": "stub",
         "out": out,
         "kind": "short-long",
-        "timeout": TIMEOUT,
+        "timeout": TIMEOUT if getattr(server, "fault", None) is misbehaves else 30,
     }
     line = []
     for name, value in (values | changes).items():

@@ -198,18 +198,11 @@ def test_the_peak_of_a_cpu_takes_no_minutes(monkeypatch):
     assert peak_of(emulated, "cpu", monkeypatch) == (2e8, [256])
 
 
-def test_products_are_timed():
-    """Against the same product timed here; in turns and short, as other programs come and go."""
-    a, b, out = torch.randn(3, 256, 256)
-    ours, times = 0, []
-    for _ in range(50):
-        ours = max(ours, machine.product_speed(256, torch.device("cpu"), torch.float32))
-        for _ in range(4):
-            start = time.perf_counter()
-            torch.mm(a, b, out=out)
-            times.append(time.perf_counter() - start)
-    expected = 2 * 256**3 / min(times)
-    assert 0.7 < ours / expected < 1.4
+def test_products_are_timed(monkeypatch):
+    """The best of four rounds, by a clock that says 5, 2, 3 and 4 seconds."""
+    times = iter([0, 5, 10, 12, 20, 23, 30, 34])
+    monkeypatch.setattr(machine, "finished_at", lambda device: next(times))
+    assert machine.product_speed(8, torch.device("cpu"), torch.float32) == 2 * 8**3 / 2
 
 
 def counted_flops(function):
@@ -294,9 +287,9 @@ def test_a_part_that_hangs_is_ended(tmp_path, monkeypatch):
     code = f"import os, time; open(r'{tmp_path}/pid', 'w').write(str(os.getpid())); time.sleep(60)"
     (tmp_path / "hangs.py").write_text(f"CODE = {code!r}\n{source}")
     start = time.monotonic()
-    reason = bench_device.run_part("right", "tiny", tmp_path / "rows", 3)
-    assert time.monotonic() - start < 20
-    assert reason == "over its 3 s"
+    reason = bench_device.run_part("right", "tiny", tmp_path / "rows", 10)
+    assert time.monotonic() - start < 40
+    assert reason == "over its 10 s"
     time.sleep(0.2)
     pid = (tmp_path / "pid").read_text()
     path = Path(f"/proc/{pid}/stat")
@@ -304,6 +297,7 @@ def test_a_part_that_hangs_is_ended(tmp_path, monkeypatch):
     (tmp_path / "hangs.py").write_text("import sys; sys.exit(7)")
     reason = bench_device.run_part("right", "tiny", tmp_path / "rows", 30)
     assert reason == "its process ended with status 7"
+    monkeypatch.setattr(bench_device, "on_gpu", lambda: False)
     assert bench_device.run_part("small step", "tiny", tmp_path / "rows", 30) == "no GPU"
     assert bench_device.run_part("right", "tiny", tmp_path / "rows", -1) == "the 8 minutes are over"
 

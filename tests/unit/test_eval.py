@@ -1,10 +1,12 @@
 """eval.py: mteb's numbers against ours, who is instructed, what is run again, the table."""
 
+import gc
 import gzip
 import json
 import math
 import shlex
 import shutil
+import weakref
 from types import SimpleNamespace
 
 import mteb
@@ -160,27 +162,37 @@ def test_settings_behind_a_models_name(monkeypatch, tmp_path):
 def test_int4_computes_in_bf16(suite):
     """On every machine; without int4 the dtype is the faster one."""
     assert evaluation.Encoder("model:int4").dtype == torch.bfloat16
-    assert evaluation.Encoder("model:int8").dtype == evaluation.fast_dtype()
+    other = evaluation.Encoder("model:int8")
+    assert other.dtype == evaluation.fast_dtype(other.device)
 
 
 def test_one_model_is_in_memory_at_a_time(suite, tmp_path, monkeypatch):
+    """Two of 7B would not fit: the first has gone when the second is loaded."""
     shutil.copytree("model", "other")
-    loads = []
-    monkeypatch.setattr(
-        evaluation.NVEmbed, "from_pretrained", lambda *args, **settings: loads.append(args[0])
-    )
+    loads, made, alive = [], [], []
+
+    def load(path, *args, **settings):
+        gc.collect()
+        alive.append(sum(model() is not None for model in made))
+        loads.append(path)
+        model = FakeModel()
+        made.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(evaluation.NVEmbed, "from_pretrained", load)
     first, second = evaluation.Encoder("model"), evaluation.Encoder("other")
     assert not loads  # made, not loaded
     for encoder in (first, first, second, first):
         encoder.model  # noqa: B018
     assert loads == ["model", "other", "model"]
+    assert alive == [0, 0, 0]
 
 
 def test_where_results_are_stored(suite, monkeypatch, capsys):
     """By the content of the model and what else a result depends on: found again next year."""
     output(monkeypatch, capsys, "--model", "model:mean:causal", "--task", "sts", "--limit", "9")
     (path,) = evaluation.Path("runs/results").rglob("WordSim353.json")
-    dtype = str(evaluation.fast_dtype()).removeprefix("torch.")
+    dtype = str(evaluation.Encoder("model").dtype).removeprefix("torch.")
     assert path.parts[2:] == (
         "nvembed__model",
         "d5a6f0220cf35d25",

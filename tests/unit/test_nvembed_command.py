@@ -15,6 +15,7 @@ import nvembed
 from data.base import base
 from data.commands import run_command
 from data.files import read_json
+from data.machine import fast_dtype
 
 
 def run(monkeypatch, *args):
@@ -32,7 +33,11 @@ def scores_of(out):
 
 def test_command_prints_the_model_card_scores(released, monkeypatch, capsys):
     run(monkeypatch, released)
-    scores_of(capsys.readouterr().out)
+    card = read_json(ROOT / "data/model_card.json")
+    model = nvembed.NVEmbed.from_pretrained(released, dtype=fast_dtype())
+    queries = model.encode(card["queries"], card["instruction"])
+    expected = 100 * queries @ model.encode(card["documents"]).T
+    np.testing.assert_allclose(scores_of(capsys.readouterr().out), expected, atol=1e-3)
 
 
 @pytest.mark.slow
@@ -40,6 +45,7 @@ def test_command_without_an_argument_uses_the_default_base(monkeypatch, capsys):
     run(monkeypatch)
     out, err = capsys.readouterr()
     first = scores_of(out)
+    np.testing.assert_allclose(first, [[80.8, 50.4], [64.2, 70.7]], atol=0.5)  # README's
     assert "smollm2" in err  # its fresh pooling layer
     run(monkeypatch, base(24))
     assert scores_of(capsys.readouterr().out) == first

@@ -37,6 +37,13 @@ def test_an_adapter_with_another_tokenizer(base, adapter):
         NVEmbed.from_pretrained(adapter, pooling="mean")
 
 
+def test_an_adapter_that_says_how_it_pools(base, adapter):
+    (adapter / "1_Pooling").mkdir()
+    write_json(adapter / "1_Pooling/config.json", {"pooling_mode": "mean"})
+    assert NVEmbed.from_pretrained(adapter).config.pooling == "mean"
+    assert NVEmbed.from_pretrained(base).config.pooling == "latent"  # control
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

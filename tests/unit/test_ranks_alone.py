@@ -15,24 +15,27 @@ LENGTHS = (5, 3, 8)
 def kernel(q, k, v, ends, *_, window_size):
     """varlen_attn of PyTorch 2.11 by SDPA: as many key-value heads as query heads."""
     assert q.shape == k.shape == v.shape
+    before, after = [10**6 if side < 0 else side for side in window_size]
     out = []
     for start, end in itertools.pairwise(ends.tolist()):
         qkv = [x[start:end].transpose(0, 1) for x in (q, k, v)]
-        causal = window_size == (-1, 0)
-        out.append(torch.nn.functional.scaled_dot_product_attention(*qkv, is_causal=causal))
+        place = torch.arange(end - start)
+        back = place[:, None] - place
+        mask = (back <= before) & (-back <= after)
+        out.append(torch.nn.functional.scaled_dot_product_attention(*qkv, attn_mask=mask))
     return torch.cat(out, dim=1).transpose(0, 1)
 
 
-@pytest.mark.parametrize("causal", (False, True))
-def test_attention_without_grouped_queries(monkeypatch, causal):
+@pytest.mark.parametrize("causal, window", [(False, None), (True, None), (True, 3)])
+def test_attention_without_grouped_queries(monkeypatch, causal, window):
     """PyTorch 2.11's kernel has none: heads are repeated, with the same result."""
     torch.manual_seed(0)
     q = torch.randn(sum(LENGTHS), 4, 8)
     k, v = torch.randn(2, sum(LENGTHS), 2, 8)
-    expected = nvembed.attend(q, k, v, LENGTHS, causal)
+    expected = nvembed.attend(q, k, v, LENGTHS, causal, window)
     monkeypatch.setattr(nvembed, "varlen_attn", kernel)
     monkeypatch.setattr(nvembed, "GROUPED_QUERIES", False)
-    found = nvembed.attend_varlen(q, k, v, LENGTHS, causal, None)
+    found = nvembed.attend_varlen(q, k, v, LENGTHS, causal, window)
     torch.testing.assert_close(found, expected)
     other = nvembed.attend(q, k, v, LENGTHS, not causal)
     assert (other - expected).abs().max() > 0.1  # control
@@ -58,6 +61,19 @@ def test_ranks_resume_from_one_checkpoint(monkeypatch, tmp_path):
     for folder in ("made", "missing"):
         runs.resume(tmp_path / folder, {}, {}, model, optimizer)
     assert asked == [state, {"step": 0, "record": {"step": 0}}]
+
+
+def test_groups_of_ranks_have_a_copy_each(monkeypatch):
+    asked = []
+
+    def mesh(kind, shape, mesh_dim_names):
+        asked.append((shape, mesh_dim_names))
+
+    monkeypatch.setattr(ranks, "world_size", lambda: 4)
+    monkeypatch.setattr(ranks.dist, "init_device_mesh", mesh)
+    for group in (0, 2, 4):
+        ranks.make_mesh(torch.device("cpu"), group)
+    assert asked == [((4,), ("shard",)), ((2, 2), ("copy", "shard")), ((4,), ("shard",))]
 
 
 def test_ranks_have_to_agree(monkeypatch):
