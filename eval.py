@@ -33,7 +33,7 @@ from data.dialects import check_pooling, content_hash, is_sentence_transformer
 from data.files import ROOT, read_json
 from data.folders import local_folder
 from data.machine import fast_dtype
-from data.quantize import check_quantize
+from data.quantize import FORMS, check_quantize
 from data.tasks import PERTURBED, find_tasks, instruction, score_task
 from data.texts import check_dims, check_length
 from nvembed import POOLINGS, NVEmbed, read_config
@@ -43,7 +43,7 @@ SETTINGS = {  # what may follow a model's name: the setting that it changes
     **{word: ("pooling", word) for word in POOLINGS},
     "causal": ("causal", True),
     "bidirectional": ("causal", False),
-    **{word: ("quantize", word) for word in ("int8", "int4", "fp8")},
+    **{word: ("quantize", word) for word in FORMS},
 }
 
 

@@ -501,8 +501,7 @@ def main():
         raise InputError("--columns: expected --data with it")
     check_paths(entries, args)
     for entry in entries:
-        if "source" in entry and Path(entry["file"]).exists():
-            recipes.check_prepared(entry["file"], entry)
+        recipes.check_prepared(entry)
     if not args.max_length:
         args.max_length = recipe["stages"].get("1", {}).get("max_length", 512)
     if args.bound is None:

@@ -23,7 +23,7 @@ from data.files import write_json, write_rows
 from data.leakage import drop_leaks, words
 from data.tables import get, ids_of, local_files, read_table, tables_of, texts_of, texts_of_table
 
-LABELLED_TEXTS = 100_000  # kept of a larger set with fewer "samples": others are drawn from them
+LABELLED_TEXTS = 100_000  # kept of a larger set with fewer "samples": documents are drawn of them
 NEGATIVES = 7  # of a labelled text
 
 

@@ -5,9 +5,12 @@ import torch
 from data.commands import InputError, optional_package
 
 
+FORMS = ("int8", "int4", "fp8")
+
+
 def check_quantize(form, dtype):
     """Refuses what cannot be rounded to -> torchao's module."""
-    if form not in ("int8", "fp8", "int4"):
+    if form not in FORMS:
         raise InputError(f"quantize: expected int8, int4 or fp8, got {form!r}")
     if form == "int4" and dtype != torch.bfloat16:
         raise InputError(f"quantize: expected bfloat16 for int4, got {dtype}")

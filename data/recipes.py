@@ -230,9 +230,12 @@ def made_rows(path):
     return cache() / "recipes" / name
 
 
-def check_prepared(path, entry):
-    """Refuses rows that prepare.py made from another entry, or has not finished."""
-    made_by = plan_in(beside(path, "json")).get("dataset", {})
+def check_prepared(entry):
+    """Refuses an entry's rows if prepare.py made them from another one, or has not finished."""
+    path = Path(entry["file"])
+    if "source" not in entry or not path.exists():
+        return
+    made_by = (plan_in(beside(path, "json")) or {}).get("dataset", {})
     for field in ("source", "leakage", "samples"):
         if made_by.get(field) != entry.get(field):
             message = f"was not made by the recipe's '{field}'; data/prepare.py makes it anew"
@@ -240,8 +243,8 @@ def check_prepared(path, entry):
 
 
 def plan_in(report):
-    """What a report says that its rows were made by; {} without one, or if they are half made."""
-    return (read_json(report) if report.exists() else {}).get("plan") or {}
+    """What a report says that its rows were made by; {} without one, None if they are half made."""
+    return read_json(report).get("plan", {}) if report.exists() else {}
 
 
 def stage_settings(recipe, path, stage, types):

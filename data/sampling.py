@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from data.commands import InputError
-from data.files import digest, read_json
-from data.recipes import check_prepared
+from data.files import digest
+from data.recipes import check_prepared, plan_in
 from data.rows import KnownPositives, Rows, read_rows
 
 TEMPLATE = 24  # tokens, at most, of what an instruction stands in
@@ -44,9 +44,8 @@ def read_datasets(entries, stage, s, mined=None):
     for entry in entries:
         if stage not in entry["stages"]:
             continue
+        check_prepared(entry)
         path, shown = Path(entry["file"]), entry.get("shown")
-        if "source" in entry and path.exists():
-            check_prepared(path, entry)
         if mined and Path(mined, path.name).exists():
             check_mined(Path(mined, path.name), path)
             path, shown = Path(mined, path.name), None
@@ -81,8 +80,7 @@ def read_datasets(entries, stage, s, mined=None):
 
 def check_mined(path, source):
     """Refuses rows that mine.py made of other rows than those of `source`, or has not finished."""
-    report = Path(f"{path}.json")
-    plan = read_json(report).get("plan", {}) if report.exists() else {}
+    plan = plan_in(Path(f"{path}.json"))
     if plan is None:
         raise InputError(f"{path}: is half made; mine again")
     made_from = plan.get("sha256")

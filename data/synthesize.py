@@ -144,11 +144,12 @@ def brainstorm(journal, pool, kind):
     tasks = {}
     duplicates = 0
     requests = 0
+    prompts = prompts_hash(kind)
     while len(tasks) < args.tasks:
         known = len(tasks)
         more = math.ceil((args.tasks - known) / TASKS_A_REQUEST)
         numbers = range(requests, requests + more)
-        keys = [(args.model, args.seed, kind, prompts_hash(kind), number) for number in numbers]
+        keys = [(args.model, args.seed, kind, prompts, number) for number in numbers]
         requests += more
         for key, answer in zip(keys, pool.map(journal.ask, keys), strict=True):
             for place, text in enumerate(answer or []):

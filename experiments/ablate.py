@@ -39,6 +39,7 @@ if not __package__:  # python experiments/ablate.py
 import data.threads  # before torch
 from data.commands import InputError, optional_package, run_command
 from data.files import digest, read_json, write_json
+from data.quantize import FORMS
 from data.recipes import apply_preset, read_recipe
 from data.tasks import find_tasks
 from eval import PUBLISHED, evaluate, flags, load, markdown, number, run_on_ranks, split_spec
@@ -63,7 +64,7 @@ def run_grid(name, declared, folder, jobs):
     for model in models:  # refuses what would fail after hours of training
         cell, words = split_spec(model)
         cell_recipe(cell, declared)
-        if {"int8", "int4", "fp8"} & set(words):
+        if set(FORMS) & set(words):
             optional_package("torchao.quantization", model)
     cells = dict.fromkeys(split_spec(model)[0] for model in models)
     todo = [(folder / cell, seed, declared) for cell in cells for seed in range(declared["seeds"])]

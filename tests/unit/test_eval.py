@@ -189,7 +189,7 @@ def test_one_model_is_in_memory_at_a_time(suite, tmp_path, monkeypatch):
 
 
 def test_where_results_are_stored(suite, monkeypatch, capsys):
-    """By the content of the model and what else a result depends on: found again next year."""
+    """By the content of the model and what else a result depends on."""
     output(monkeypatch, capsys, "--model", "model:mean:causal", "--task", "sts", "--limit", "9")
     (path,) = evaluation.Path("runs/results").rglob("WordSim353.json")
     dtype = str(evaluation.Encoder("model").dtype).removeprefix("torch.")

@@ -527,6 +527,15 @@ def test_an_adapter_is_its_base_too(here):
         mine.find_teacher("adapter", args)
 
 
+def test_inputs_that_can_only_be_read(here, monkeypatch):
+    write_rows(here / "rows.jsonl", ROWS)
+    (here / "more.jsonl").write_text('{"text": "far more"}\n')
+    for name in ("rows.jsonl", "more.jsonl", "teacher/config.json"):
+        (here / name).chmod(0o444)
+    mining(monkeypatch, "--data", "rows.jsonl", "--corpus", "more.jsonl", "--out", "out")
+    assert len(read_rows(here / "out/rows.jsonl")) == 3
+
+
 def test_command(here, monkeypatch, capsys):
     write_rows(here / "rows.jsonl.gz", ROWS)
 
